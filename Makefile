@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs by itself; a second run finds it done.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+SOURCES = $(wildcard virtmigrate sandbox tests benchmarks)
+# The sandbox needs root: network and mount namespaces, and QEMU's files.
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
+SANDBOX := $(ROOT) $(PYTHON) -m sandbox
+FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 1700 $(PYTEST) tests/functional
+TESTARGS ?=
+
+.PHONY: help setup image demo test test-unit test-functional test-full lint format \
+	bench sandbox sandbox-down clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Install Debian packages and make .venv
+	@tools/setup
+
+image: setup
+	@timeout -k 10 300 $(SANDBOX) image
+
+demo: image ## Move a running guest between two hosts, and watch it go on
+	@timeout -k 10 300 $(SANDBOX) exec --own demo -- $(CURDIR)/$(PYTHON) -m sandbox.demo
+
+test: test-unit test-functional ## Run the unit and the functional tests
+
+test-unit: setup ## Run the unit tests: no root, no hosts
+	@timeout -k 10 300 $(PYTEST) tests/unit $(TESTARGS)
+
+test-functional: image ## Run the functional tests on hosts of their own
+	@timeout -k 60 1720 $(FUNCTIONAL) $(TESTARGS)
+
+test-full: image test-unit ## Run all tests, the long ones too
+	@timeout -k 60 3600 $(SANDBOX) exec --own test -- \
+		timeout -k 30 3500 $(PYTEST) tests/functional --full $(TESTARGS)
+
+lint: setup ## Check style, format and types
+	@.venv/bin/ruff check $(SOURCES)
+	@.venv/bin/ruff format --check $(SOURCES)
+	@.venv/bin/mypy $(SOURCES)
+
+format: setup ## Format the sources
+	@.venv/bin/ruff check --fix $(SOURCES)
+	@.venv/bin/ruff format $(SOURCES)
+
+bench: image ## Run the benchmarks
+	@found=0; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
+		found=1; \
+		timeout -k 10 1800 $(SANDBOX) exec --own bench -- \
+			$(CURDIR)/$(PYTHON) $$script || exit 1; \
+	done; [ $$found = 1 ] || echo "no benchmarks yet"
+
+sandbox: image ## Leave two libvirt hosts up to play with
+	@timeout -k 10 120 $(SANDBOX) up play alpha beta
+
+sandbox-down: setup ## Take the hosts of `make sandbox` away
+	@timeout -k 10 120 $(SANDBOX) down play
+
+clean: ## Remove what was built: .venv, caches, sandboxes
+	@if [ -x $(PYTHON) ]; then $(SANDBOX) down --all; fi
+	rm -rf .venv .setup.lock .cache build dist *.egg-info \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis
