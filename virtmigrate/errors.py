@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, told so that a reader knows what to do.
+
+    Error
+    ├── ConfigurationError
+    ├── Unsupported
+    ├── HostError
+    │   ├── HostUnreachable
+    │   ├── HostTimeout
+    │   ├── AuthenticationFailed
+    │   ├── CertificateRefused
+    │   ├── InsecureConnection
+    │   └── LibvirtFailed
+    ├── StorageError
+    │   ├── PoolNotFound, PoolBusy
+    │   ├── VolumeNotFound, VolumeExists
+    │   ├── NoSpace
+    │   └── RecordError
+    │       ├── RecordMissing, RecordBroken, RecordTooNew
+    │       └── RecordConflict
+    ├── JournalBroken
+    ├── InstanceError
+    │   ├── InstanceNotFound, InstanceExists, InstanceBusy
+    │   ├── InvalidState
+    │   ├── NotEntitled
+    │   └── OwnedElsewhere
+    ├── TransferError
+    │   ├── ShortTransfer, SourceChanged
+    │   └── VerificationFailed
+    └── MigrationError
+        ├── MigrationRefused
+        ├── MigrationRolledBack
+        ├── MigrationUndecided
+        ├── NotConfirmable, NotRevertible
+        └── TicketDamaged
+    Cancelled
+
+Cancelled stands beside Error: somebody asked for it, it is no failure.
+"""
+
+
+class Error(Exception):
+    """Base of everything that virtmigrate raises on purpose.
+
+    A subclass gives `msg`, a template; keyword arguments fill it and stay
+    readable as attributes.
+    """
+
+    msg = "{reason}"
+
+    def __init__(self, **details: object) -> None:
+        self.details = details
+        super().__init__(self.msg.format(**details))
+
+    def __getattr__(self, name: str) -> object:
+        details = self.__dict__.get("details", {})
+        if name in details:
+            return details[name]
+        raise AttributeError(name)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.details)
+
+
+def _rebuild(cls: type[Error], details: dict[str, object]) -> Error:
+    return cls(**details)
+
+
+class Cancelled(Exception):
+    """Whoever asked for the work asked for it to stop."""
+
+
+class ConfigurationError(Error):
+    msg = "configuration: {reason}"
+
+
+class Unsupported(Error):
+    msg = "backend {backend} cannot {operation}: {reason}"
+
+
+# Hosts
+
+
+class HostError(Error):
+    msg = "host {host}: {reason}"
+
+
+class HostUnreachable(HostError):
+    msg = "host {host} cannot be reached: {reason}"
+
+
+class HostTimeout(HostError):
+    msg = (
+        "host {host} did not answer within {seconds:g} s while {doing}; "
+        "the connection was cut, and what it was doing there is unknown"
+    )
+
+
+class AuthenticationFailed(HostError):
+    msg = "host {host} does not let us in: {reason}"
+
+
+class CertificateRefused(HostError):
+    msg = "host {host}: certificate refused ({problem}): {reason}"
+
+
+class InsecureConnection(HostError):
+    msg = (
+        "host {host}: {reason}. Nothing was sent. Use qemu+tls:// or SASL with "
+        "encryption, or name the host in allow_insecure_peers"
+    )
+
+
+class LibvirtFailed(HostError):
+    """Any error of libvirt that has no name of its own here.
+
+    `code` is VIR_ERR_*, `domain` VIR_FROM_*.
+    """
+
+    msg = "host {host}: {doing}: {reason} (libvirt code {code}, domain {domain})"
+
+
+# Storage
+
+
+class StorageError(Error):
+    msg = "host {host}, pool {pool}: {reason}"
+
+
+class PoolNotFound(StorageError):
+    msg = "host {host} has no storage pool {pool}"
+
+
+class PoolBusy(StorageError):
+    msg = "host {host}: pool {pool} is still busy after {seconds:g} s: {reason}"
+
+
+class VolumeNotFound(StorageError):
+    msg = "host {host}: pool {pool} has no volume {volume}"
+
+
+class VolumeExists(StorageError):
+    msg = "host {host}: pool {pool} already has a volume {volume}"
+
+
+class NoSpace(StorageError):
+    msg = (
+        "host {host}: pool {pool} has room for {free}, but {wanted} are needed "
+        "({reserved} are reserved for other transfers)"
+    )
+
+
+class RecordError(StorageError):
+    msg = "host {host}: record {record} in pool {pool}: {reason}"
+
+
+class RecordMissing(RecordError):
+    msg = (
+        "host {host}: no record {record} in pool {pool}. Nothing is guessed from "
+        "the bytes; `virtmigrate instance adopt` makes records for what others made"
+    )
+
+
+class RecordBroken(RecordError):
+    msg = "host {host}: record {record} in pool {pool} is broken: {reason}"
+
+
+class RecordTooNew(RecordError):
+    msg = (
+        "host {host}: record {record} in pool {pool} has schema {schema}, and this "
+        "release reads up to {known}; it was left untouched. Upgrade virtmigrate"
+    )
+
+
+class RecordConflict(RecordError):
+    msg = (
+        "host {host}: record {record} in pool {pool} was changed by somebody else "
+        "(expected generation {expected}, found {found}); nothing was written"
+    )
+
+
+class JournalBroken(Error):
+    msg = "journal {path}: {reason}; the file was left untouched"
+
+
+# Instances
+
+
+class InstanceError(Error):
+    msg = "instance {instance} on {host}: {reason}"
+
+
+class InstanceNotFound(InstanceError):
+    msg = "instance {instance} is not on host {host}"
+
+
+class InstanceExists(InstanceError):
+    msg = "instance {instance} is already on host {host}: {reason}"
+
+
+class InstanceBusy(InstanceError):
+    msg = "instance {instance} on {host} is in another operation: {reason}"
+
+
+class InvalidState(InstanceError):
+    msg = "instance {instance} on {host} is {state}: {reason}"
+
+
+class NotEntitled(InstanceError):
+    msg = (
+        "host {host} has no right to run instance {instance}: {reason}. Starting it "
+        "here could make two of it, so it was not started"
+    )
+
+
+class OwnedElsewhere(InstanceError):
+    msg = (
+        "instance {instance} belongs to {owner}: use its own command ({command}), "
+        "or --unmanaged-override if {owner} must not know"
+    )
+
+
+# Moving bytes
+
+
+class TransferError(Error):
+    msg = "copying {volume} to {host}: {reason}"
+
+
+class ShortTransfer(TransferError):
+    pass
+
+
+class SourceChanged(TransferError):
+    pass
+
+
+class VerificationFailed(TransferError):
+    msg = (
+        "copying {volume} to {host}: the copy differs from the source (digest "
+        "{found}, expected {expected}); the copy is not used"
+    )
+
+
+# Moving instances
+
+
+class MigrationError(Error):
+    msg = "moving instance {instance} ({operation}): {reason}"
+
+
+class MigrationRefused(MigrationError):
+    """A check failed; nothing was touched, the instance runs as before."""
+
+    msg = "moving instance {instance} is refused: {reason}. Nothing was touched"
+
+
+class MigrationRolledBack(MigrationError):
+    """The move failed before the hand-over and everything was put back.
+
+    The instance is on the source, in the state that it was in. `debts` says
+    what could not be removed at the peer yet; it is removed later.
+    """
+
+    msg = (
+        "moving instance {instance} ({operation}) failed and was rolled back: "
+        "{reason}. The instance is {state} on {host} again{debts}"
+    )
+
+
+class MigrationUndecided(MigrationError):
+    """The hand-over began, and the peer cannot be asked how it ended."""
+
+    msg = (
+        "moving instance {instance} ({operation}): the peer {peer} cannot be asked "
+        "whether it took the instance ({reason}). It is started nowhere until the "
+        "peer answers; this is tried again at every start and by "
+        "`virtmigrate host settle`"
+    )
+
+
+class NotConfirmable(MigrationError):
+    msg = (
+        "confirming the move of instance {instance} ({operation}) is refused: "
+        "{reason}. The source's volumes were kept"
+    )
+
+
+class NotRevertible(MigrationError):
+    msg = "reverting the move of instance {instance} ({operation}): {reason}"
+
+
+class TicketDamaged(MigrationError):
+    msg = "the migration string is damaged ({reason}); nothing was touched"
