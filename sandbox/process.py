@@ -85,6 +85,7 @@ def run(
             capture_output=True,
             text=True,
             timeout=timeout,
+            env={**os.environ, "PATH": search_path()},
         )
     except FileNotFoundError as error:
         raise errors.SandboxError(f"cannot start {command}: {error}") from error
@@ -94,6 +95,11 @@ def run(
         text = (done.stderr or done.stdout).strip()[-2000:]
         raise errors.SandboxError(f"{command}: status {done.returncode}: {text}")
     return done
+
+
+def search_path() -> str:
+    """Return PATH with the directories that only root's has."""
+    return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:

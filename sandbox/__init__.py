@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Libvirt hosts on one machine, for tests, benchmarks and the demo."""
+
+from sandbox.errors import SandboxError
+from sandbox.host import Host
+from sandbox.sandbox import Sandbox
+
+__all__ = ["Host", "Sandbox", "SandboxError"]
