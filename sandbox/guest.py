@@ -165,6 +165,7 @@ class Checker:
         self.counters: list[int] = []
         self._seen: set[int] = set()
         self._boot = 0
+        self._boots = 0
         self._next = 0  # the sector after the last one that held something
 
     def add(self, sector: int, content: bytes) -> None:
@@ -182,7 +183,7 @@ class Checker:
     def result(self) -> CounterLog:
         """Return what was found."""
         counters = self.counters or [0]
-        return CounterLog(counters[0], counters[-1], self._boot, self.problems)
+        return CounterLog(counters[0], counters[-1], self._boots, self.problems)
 
     def _check_counter(self, sector: int, counter: int) -> None:
         if counter in self._seen:
@@ -197,7 +198,8 @@ class Checker:
             self.problems.append(
                 f"out of order: boot {boot} after {self._boot} at record {counter}"
             )
-        self._boot = max(self._boot, boot)
+        self._boot = boot
+        self._boots = max(self._boots, boot)
 
 
 def check(found: Iterator[tuple[int, bytes]]) -> CounterLog:

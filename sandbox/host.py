@@ -16,6 +16,7 @@ from pathlib import Path
 from sandbox import config, errors, namespace, pki, process
 
 BRIDGE = "br0"
+KVM = Path("/dev/kvm")
 LIBVIRTD_TIMEOUT = 30.0
 SASL_USER = "mover"
 SASL_DATABASE = "/etc/libvirt/passwd.db"
@@ -223,6 +224,12 @@ class Host:
     def _port(self) -> str:
         return f"h-{self.name}"
 
+    @property
+    def _mac(self) -> str:
+        """The same after a restart, so that the others' ARP entries stay true."""
+        octets = [int(part) for part in self.address.split(".")]
+        return "02:76:" + ":".join(f"{octet:02x}" for octet in octets)
+
     def _client(self, *argv: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
         return [*self._place.client.enter("net", "mount"), *argv]
 
@@ -243,6 +250,11 @@ class Host:
     def _mounts(self) -> Iterator[list[str]]:
         yield ["-t", "proc", "proc", "/proc"]
         yield ["-t", "sysfs", "sysfs", "/sys"]
+        if KVM.exists():
+            # Read-only, even root has no access: libvirt and QEMU agree that
+            # there is no KVM, whoever QEMU runs as.
+            yield ["--bind", f"{self.directory}/no-kvm", str(KVM)]
+            yield ["-o", "remount,bind,ro", str(KVM)]
         # Read-only, so that /etc itself needs no directory for /etc/pki.
         layers = f"lowerdir={self.directory}/etc:/etc"
         yield ["-t", "overlay", "-o", layers, "overlay", "/etc"]
@@ -259,6 +271,7 @@ class Host:
         names = ("etc/libvirt", "etc/sasl2", "run/lock", "run/libvirt")
         for name in (*names, "lib", "cache", "log", "storage"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
+        (self.directory / "no-kvm").touch()
         etc = self.directory / "etc"
         text = config.libvirtd(self.options, self.uuid)
         (etc / "libvirt/libvirtd.conf").write_text(text)
@@ -273,15 +286,15 @@ class Host:
     def _connect_bridge(self) -> None:
         """Join the bridge; the address is on a bridge of the host's own, which
         guests' interfaces can join."""
-        peer = str(self._namespace.pid)
+        peer = ["name", "eth0", "netns", str(self._namespace.pid)]
         bridge = ["master", BRIDGE, "up"]
-        veth = ["type", "veth", "peer", "name", "eth0", "netns", peer]
+        veth = ["type", "veth", "peer", *peer]
         process.run(self._client("ip", "link", "add", self._port, *veth))
         process.run(self._client("ip", "link", "set", self._port, *bridge))
         self.run(
             ["ip", "-batch", "-"],
             stdin="link set lo up\n"
-            f"link add {BRIDGE} type bridge forward_delay 0\n"
+            f"link add {BRIDGE} address {self._mac} type bridge forward_delay 0\n"
             f"link set eth0 master {BRIDGE} up\n"
             f"link set {BRIDGE} up\n"
             f"address add {self.address}/{self._place.prefix} dev {BRIDGE}\n",

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records: what we know, written by us, never guessed.
+
+A record is a small raw volume `NAME.rec.GENERATION`. Publishing is creating the
+next generation exclusively (libvirt creates raw files with O_EXCL), writing it
+and reading it back. The highest valid generation counts, so a torn write
+leaves the older one. The same step is a compare-and-swap between hosts:
+
+- Of two that create one generation, libvirt lets one win.
+- A generation that exists and is not valid may still be in the making.
+  Readers take the one before. A publisher waits `grace` seconds for it, then
+  passes over it to the next number.
+- A publisher that needed more than half of `grace` may have been passed over,
+  so it publishes once more, with the next number, and that decides.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import blake3
+import msgspec
+
+from virtmigrate import errors, storagepool
+from virtmigrate.units import KiB, MiB, round_up
+
+SCHEMA = 1
+"""The newest schema that this release writes."""
+
+READS = (1,)
+"""All schemas that this release reads."""
+
+MAX_SIZE = 8 * MiB
+_MAGIC = b"virtmigrate-record"
+_BLOCK = 4 * KiB
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class Stored(Generic[T]):
+    """A record as it was found."""
+
+    name: str
+    generation: int
+    body: T
+
+
+def encode(body: msgspec.Struct, name: str, generation: int) -> bytes:
+    """Return the bytes of a record, padded to whole blocks, with its own digest."""
+    payload = msgspec.json.encode(body)
+    header = f" {SCHEMA} {generation} {len(payload)} {name}\n".encode()
+    text = _MAGIC + header + payload
+    data = text + b"\n" + blake3.blake3(text).hexdigest().encode() + b"\n"
+    return data.ljust(round_up(len(data), _BLOCK), b"\0")
+
+
+def decode(data: bytes, kind: type[T], name: str, generation: int) -> T:
+    """Return the body of a record.
+
+    Raises ValueError when the bytes are not this record, whole; TooNew when a
+    newer release wrote them.
+    """
+    head, newline, rest = data.partition(b"\n")
+    fields = head.split(b" ")
+    if not newline or len(fields) != 5 or fields[0] != _MAGIC:
+        raise ValueError("it does not begin like a record")
+    schema, number, length = (_number(field) for field in fields[1:4])
+    if schema not in READS:
+        raise TooNew(schema)
+    text = head + newline + rest[:length]
+    digest = rest[length + 1 : length + 65]
+    if blake3.blake3(text).hexdigest().encode() != digest:
+        raise ValueError("its digest does not match")
+    if number != generation or fields[4] != name.encode():
+        raise ValueError("it was written under another name")
+    return msgspec.json.decode(rest[:length], type=kind)
+
+
+class TooNew(Exception):
+    def __init__(self, schema: int) -> None:
+        self.schema = schema
+        super().__init__(f"schema {schema}")
+
+
+class Store(Generic[T]):
+    """Records of one kind in one pool. Safe to share between threads.
+
+    Arguments:
+        pool: where they lie.
+        kind: the structure of their bodies.
+        grace: seconds after which a record in the making is held for dead; the
+            same for all that publish in this pool.
+    """
+
+    def __init__(
+        self, pool: storagepool.Pool, kind: type[T], *, grace: float = 10.0
+    ) -> None:
+        self.pool = pool
+        self._kind = kind
+        self._grace = grace
+
+    def find(self, name: str) -> Stored[T] | None:
+        """Return the newest valid record of this name, or None if there is none.
+
+        Raises RecordBroken when generations exist and none is valid,
+        RecordTooNew when a newer release wrote the newest.
+        """
+        generations = self._generations(name)
+        for generation in reversed(generations):
+            body = self._load(name, generation)
+            if body is not None:
+                return Stored(name, generation, body)
+        if generations:
+            raise errors.RecordBroken(
+                **self._where(name), reason=f"generations {generations}, none valid"
+            )
+        return None
+
+    def read(self, name: str) -> Stored[T]:
+        """Return the newest valid record; RecordMissing when there is none."""
+        stored = self.find(name)
+        if stored is None:
+            raise errors.RecordMissing(**self._where(name))
+        return stored
+
+    def names(self) -> list[str]:
+        """Return the names of all records in the pool, of whatever kind."""
+        return sorted({name for name, _ in _parse_all(self.pool.names())})
+
+    def publish(self, name: str, body: T, *, after: int = 0) -> Stored[T]:
+        """Make body the newest record of this name, if `after` is the newest now.
+
+        Raises RecordConflict when somebody else published; the record is then
+        theirs.
+        """
+        while True:
+            generation = self._next(name, after)
+            stored = Stored(name, generation, body)
+            began = time.monotonic()
+            if not self._write(stored):
+                raise self._conflict(name, after)
+            if time.monotonic() - began < self._grace / 2:
+                break
+            after = generation
+        if self._generations(name)[-1:] != [generation]:
+            raise self._conflict(name, after)
+        return stored
+
+    def prune(self, name: str) -> None:
+        """Remove all generations but the newest valid one and its predecessor."""
+        stored = self.find(name)
+        if stored is None:
+            return
+        older = [g for g in self._generations(name) if g < stored.generation]
+        for generation in older[:-1]:
+            self.pool.delete(_volume(name, generation))
+
+    def remove(self, name: str) -> None:
+        """Remove the record, the newest generation last, so that none revives."""
+        for generation in self._generations(name):
+            self.pool.delete(_volume(name, generation))
+
+    # Private
+
+    def _where(self, name: str) -> dict[str, str]:
+        return {"host": self.pool.host.name, "pool": self.pool.name, "record": name}
+
+    def _conflict(self, name: str, expected: int) -> errors.RecordConflict:
+        found = self._generations(name)[-1:]
+        return errors.RecordConflict(
+            **self._where(name), expected=expected, found=found or "none"
+        )
+
+    def _generations(self, name: str) -> list[int]:
+        found = _parse_all(self.pool.names())
+        return sorted(generation for found_name, generation in found if found_name == name)
+
+    def _load(self, name: str, generation: int) -> T | None:
+        try:
+            data = self.pool.read(_volume(name, generation), limit=MAX_SIZE)
+            return decode(data, self._kind, name, generation)
+        except TooNew as e:
+            raise errors.RecordTooNew(
+                **self._where(name), schema=e.schema, known=max(READS)
+            ) from e
+        except (ValueError, errors.VolumeNotFound, errors.ShortTransfer):
+            return None
+
+    def _next(self, name: str, after: int) -> int:
+        """Return the number to publish; wait for what is in the making."""
+        deadline = time.monotonic() + self._grace
+        while True:
+            newest = self.find_valid_generation(name)
+            top = max(self._generations(name), default=0)
+            if newest != after:
+                raise self._conflict(name, after)
+            if top <= after or time.monotonic() >= deadline:
+                return max(top, after) + 1
+            time.sleep(min(0.2, self._grace / 10))
+
+    def find_valid_generation(self, name: str) -> int:
+        """Return the newest valid generation, 0 when there is none."""
+        try:
+            stored = self.find(name)
+        except errors.RecordBroken:
+            return 0
+        return stored.generation if stored else 0
+
+    def _write(self, stored: Stored[T]) -> bool:
+        """Create and fill the generation; False when another one has it."""
+        volume = _volume(stored.name, stored.generation)
+        data = encode(stored.body, stored.name, stored.generation)
+        try:
+            self.pool.create_raw(volume, len(data))
+            self.pool.write(volume, data)
+        except errors.VolumeExists:
+            return False
+        except errors.VolumeNotFound:
+            return False
+        return self.pool.read(volume, limit=MAX_SIZE) == data
+
+
+def _volume(name: str, generation: int) -> str:
+    return f"{name}.rec.{generation}"
+
+
+def _parse_all(names: list[str]) -> Iterator[tuple[str, int]]:
+    for volume in names:
+        name, dot, number = volume.rpartition(".rec.")
+        if dot and number.isdecimal():
+            yield name, int(number)
+
+
+def _number(field: bytes) -> int:
+    if not field.isdigit() or len(field) > 18:
+        raise ValueError("its header holds no numbers")
+    return int(field)

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage pools and volumes over libvirt: exclusive creation, small reads and writes.
+
+Nothing here reads a volume's format, backing file or capacity back: libvirt
+finds them by looking into the bytes, and a guest may have written those.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import libvirt
+import tenacity
+from lxml import etree
+
+from virtmigrate import errors
+from virtmigrate.host import Host, Session
+
+
+LOG = logging.getLogger(__name__)
+
+CHUNK = 262_120
+"""What one message of libvirt's protocol carries; the fastest size to send."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who may do what with volumes and directories; None is libvirt's default."""
+
+    uid: int | None = None
+    gid: int | None = None
+    mode: str = "0600"
+    label: str | None = None
+
+    @property
+    def directory_mode(self) -> str:
+        """The volumes' mode, with the x bit wherever there is an r bit."""
+        digits = [int(digit) | (1 if int(digit) & 4 else 0) for digit in self.mode[1:]]
+        return "0" + "".join(str(digit) for digit in digits)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a pool, after a refresh."""
+
+    capacity: int
+    free: int
+
+
+class Pool:
+    """One storage pool of one host. Safe to share between threads.
+
+    Arguments:
+        host: whose pool.
+        name: its name there.
+        ownership: of volumes made in it.
+        busy_timeout: seconds to wait while libvirt refreshes the pool.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        *,
+        ownership: Ownership | None = None,
+        busy_timeout: float = 60.0,
+    ) -> None:
+        self.host = host
+        self.name = name
+        self.ownership = ownership or Ownership()
+        self._busy_timeout = busy_timeout
+        self._path: str | None = None
+        self._local: bool | None = None
+        self._lock = threading.Lock()
+
+    # The pool
+
+    def ensure_directory(self, path: str) -> None:
+        """Define, build and start a dir pool at path, if it is not there yet.
+
+        Raises ConfigurationError when a pool of this name lies elsewhere.
+        """
+        with self.host.session(f"making pool {self.name}", pool=self.name) as session:
+            pool = self._define(session, path)
+            if not pool.isActive():
+                pool.create(libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD)
+            pool.setAutostart(1)
+        if self.path != path:
+            raise errors.ConfigurationError(
+                reason=f"host {self.host.name}: pool {self.name} lies at "
+                f"{self.path}, and the configuration says {path}"
+            )
+
+    def exists(self) -> bool:
+        """Tell whether the host has this pool, active."""
+        try:
+            with self._session("looking for it") as (_, pool):
+                return bool(pool.isActive())
+        except errors.PoolNotFound:
+            return False
+
+    @property
+    def path(self) -> str:
+        """Directory of the pool on its host."""
+        if self._path is None:
+            with self._session("reading its path") as (_, pool):
+                tree = etree.fromstring(pool.XMLDesc(0))
+                self._path = tree.findtext("target/path") or ""
+        return self._path
+
+    def refresh(self) -> None:
+        """Make libvirt look at the directory again."""
+        self._retry("refreshing", lambda _, pool: pool.refresh(0))
+
+    def room(self) -> Room:
+        """Return what the pool's storage holds and has free, now."""
+        self.refresh()
+        with self._session("asking for room") as (_, pool):
+            _state, capacity, _allocation, free = pool.info()
+        return Room(capacity, free)
+
+    def names(self) -> list[str]:
+        """Return the names of all volumes, after a refresh."""
+        self.refresh()
+        return self._retry("listing", lambda _, pool: list(pool.listVolumes()))
+
+    # Volumes
+
+    def volume_path(self, name: str) -> str:
+        """Return where the volume lies on the host."""
+        return f"{self.path}/{name}"
+
+    def has(self, name: str) -> bool:
+        """Tell whether the volume exists, after a refresh."""
+        return name in self.names()
+
+    def create_raw(self, name: str, size: int) -> None:
+        """Create a raw volume of size bytes, sparse and exclusively.
+
+        Raises VolumeExists when there is one of this name, NoSpace.
+        """
+        self._create(name, size, "raw")
+
+    def create_overlay(
+        self, name: str, size: int, base_path: str, base_format: str
+    ) -> None:
+        """Create a qcow2 volume of size bytes over a file that never changes again.
+
+        Not exclusive: libvirt looks for the name, then creates (9.0).
+        """
+        backing = etree.Element("backingStore")
+        etree.SubElement(backing, "path").text = base_path
+        etree.SubElement(backing, "format", type=base_format)
+        self._create(name, size, "qcow2", backing)
+
+    def delete(self, name: str) -> None:
+        """Delete the volume; nothing happens when it is gone already."""
+        with contextlib.suppress(errors.VolumeNotFound):
+            self._retry(
+                f"deleting {name}", lambda s, pool: self._lookup(pool, name).delete(0)
+            )
+
+    def physical(self, name: str) -> int:
+        """Return the file's length or the device's size: a stat, no header."""
+        flags = libvirt.VIR_STORAGE_VOL_GET_PHYSICAL
+        info = self._retry(
+            f"measuring {name}",
+            lambda s, pool: self._lookup(pool, name).infoFlags(flags),
+        )
+        return int(info[2])
+
+    def allocated(self, name: str) -> int:
+        """Return the bytes that the volume takes on its storage."""
+        info = self._retry(
+            f"measuring {name}", lambda s, pool: self._lookup(pool, name).info()
+        )
+        return int(info[2])
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """Return a small volume's bytes; ValueError when they are more than limit."""
+        size = self.physical(name)
+        if size > limit:
+            raise ValueError(f"{name} has {size} bytes, more than {limit}")
+        with self._session(f"reading {name}", volume=name) as (session, pool):
+            return _download(session, self._lookup(pool, name), size)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small volume from its beginning.
+
+        What finish() says is not believed (libvirt forgets late errors): read it
+        back.
+        """
+        with self._session(f"writing {name}", volume=name) as (session, pool):
+            _upload(session, self._lookup(pool, name), data)
+
+    @contextlib.contextmanager
+    def opened(
+        self, name: str, doing: str
+    ) -> Iterator[tuple[Session, "libvirt.virStorageVol"]]:
+        """Yield a session and the volume, for a stream."""
+        with self._session(doing, volume=name) as (session, pool):
+            yield session, self._lookup(pool, name)
+
+    # This machine's view
+
+    def is_local(self) -> bool:
+        """Tell whether the pool's directory is the one of this path on this machine.
+
+        Paths and ids prove nothing, hosts are cloned from golden images: a
+        volume of a random name made through libvirt must appear here.
+        """
+        with self._lock:
+            if self._local is None:
+                self._local = self._prove_local()
+            return self._local
+
+    def prove(self, nonce: str) -> None:
+        """Create an empty volume whose name only this operation knows."""
+        self.create_raw(nonce, 0)
+
+    # Private
+
+    def _prove_local(self) -> bool:
+        if not os.access(self.path, os.R_OK | os.X_OK):
+            return False
+        nonce = f"nonce.{uuid.uuid4().hex}"
+        self.create_raw(nonce, 0)
+        try:
+            return (Path(self.path) / nonce).exists()
+        finally:
+            self.delete(nonce)
+
+    def _define(self, session: Session, path: str) -> "libvirt.virStoragePool":
+        try:
+            return session.conn.storagePoolLookupByName(self.name)
+        except libvirt.libvirtError as e:
+            if e.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+                raise
+        return session.conn.storagePoolDefineXML(self._pool_xml(path), 0)
+
+    def _pool_xml(self, path: str) -> str:
+        root = etree.Element("pool", type="dir")
+        etree.SubElement(root, "name").text = self.name
+        target = etree.SubElement(root, "target")
+        etree.SubElement(target, "path").text = path
+        self._permissions(target, self.ownership.directory_mode)
+        return etree.tostring(root, encoding="unicode")
+
+    def _permissions(self, target: etree._Element, mode: str) -> None:
+        permissions = etree.SubElement(target, "permissions")
+        etree.SubElement(permissions, "mode").text = mode
+        for tag, value in (("owner", self.ownership.uid), ("group", self.ownership.gid)):
+            if value is not None:
+                etree.SubElement(permissions, tag).text = str(value)
+        if self.ownership.label:
+            etree.SubElement(permissions, "label").text = self.ownership.label
+
+    def _create(
+        self, name: str, size: int, fmt: str, backing: etree._Element | None = None
+    ) -> None:
+        xml = self._volume_xml(name, size, fmt, backing)
+        self._retry(f"creating {name}", lambda _, pool: pool.createXML(xml, 0), name)
+
+    def _volume_xml(
+        self, name: str, size: int, fmt: str, backing: etree._Element | None
+    ) -> str:
+        root = etree.Element("volume")
+        etree.SubElement(root, "name").text = name
+        etree.SubElement(root, "capacity", unit="B").text = str(size)
+        etree.SubElement(root, "allocation", unit="B").text = "0"
+        target = etree.SubElement(root, "target")
+        etree.SubElement(target, "format", type=fmt)
+        if fmt == "qcow2":
+            etree.SubElement(target, "compat").text = "1.1"
+        self._permissions(target, self.ownership.mode)
+        if backing is not None:
+            root.append(backing)
+        return etree.tostring(root, encoding="unicode")
+
+    def _lookup(
+        self, pool: "libvirt.virStoragePool", name: str
+    ) -> "libvirt.virStorageVol":
+        try:
+            return pool.storageVolLookupByName(name)
+        except libvirt.libvirtError as e:
+            if e.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+        pool.refresh(0)
+        try:
+            return pool.storageVolLookupByName(name)
+        except libvirt.libvirtError as e:
+            if e.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+            raise errors.VolumeNotFound(
+                host=self.host.name, pool=self.name, volume=name
+            ) from e
+
+    @contextlib.contextmanager
+    def _session(
+        self, doing: str, *, volume: str = "?"
+    ) -> Iterator[tuple[Session, "libvirt.virStoragePool"]]:
+        doing = f"pool {self.name}: {doing}"
+        with self.host.session(doing, pool=self.name, volume=volume) as session:
+            yield session, session.conn.storagePoolLookupByName(self.name)
+
+    def _retry(
+        self,
+        doing: str,
+        call: "Callable[[Session, libvirt.virStoragePool], T]",
+        volume: str = "?",
+    ) -> T:
+        """Call, and call again while libvirt refreshes the pool in the background."""
+
+        def attempt() -> T:
+            with self._session(doing, volume=volume) as (session, pool):
+                return call(session, pool)
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(errors.PoolBusy),
+            wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.5),
+            stop=tenacity.stop_after_delay(self._busy_timeout),
+            reraise=True,
+        )
+        return retrying(attempt)
+
+
+def _download(session: Session, vol: "libvirt.virStorageVol", size: int) -> bytes:
+    stream = session.conn.newStream(0)
+    vol.download(stream, 0, size, 0)
+    data = bytearray()
+    try:
+        while len(data) < size:
+            piece = stream.recv(min(CHUNK, size - len(data)))
+            if not piece:
+                break
+            data += piece
+            session.touch()
+        stream.finish()
+    except BaseException:
+        abort(stream)
+        raise
+    return bytes(data)
+
+
+def _upload(session: Session, vol: "libvirt.virStorageVol", data: bytes) -> None:
+    stream = session.conn.newStream(0)
+    vol.upload(stream, 0, len(data), 0)
+    try:
+        send_all(session, stream, data)
+        stream.finish()
+    except BaseException:
+        abort(stream)
+        raise
+
+
+def send_all(session: Session, stream: "libvirt.virStream", data: bytes) -> None:
+    """Send all of data, in pieces of the protocol's best size."""
+    view = memoryview(data)
+    while view:
+        sent = stream.send(bytes(view[:CHUNK]))
+        if sent <= 0:
+            raise OSError(f"the stream took {sent} bytes")
+        view = view[sent:]
+        session.touch()
+
+
+def abort(stream: "libvirt.virStream") -> None:
+    """Abort a stream in clean-up: the first error is the one that counts."""
+    try:
+        stream.abort()
+    except libvirt.libvirtError as e:
+        LOG.debug("aborting a stream: %s", e)
+
+
