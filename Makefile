@@ -8,7 +8,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 SOURCES = $(wildcard virtmigrate sandbox tests benchmarks)
 # The sandbox needs root: network and mount namespaces, and QEMU's files.
-ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
+ROOT := $(if $(filter-out 0,$(shell id -u)),$(if $(shell command -v sudo),sudo -E))
 SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 1700 $(PYTEST) tests/functional
 TESTARGS ?=
@@ -23,7 +23,7 @@ setup: ## Install Debian packages and make .venv
 	@tools/setup
 
 image: setup
-	@timeout -k 10 300 $(SANDBOX) image
+	@timeout -k 10 300 $(PYTHON) -m sandbox image >/dev/null
 
 demo: image ## Move a running guest between two hosts, and watch it go on
 	@timeout -k 10 300 $(SANDBOX) exec --own demo -- $(CURDIR)/$(PYTHON) -m sandbox.demo

@@ -16,7 +16,9 @@ class Options:
     """How a host differs from the plain one."""
 
     tcp: bool = False  # also listen on plain TCP 16509, without authentication
-    sasl: bool = False  # ask for SCRAM-SHA-256 beside TLS (and on TCP)
+    # Ask for SCRAM-SHA-256 beside TLS. On plain TCP too, where libvirt refuses it:
+    # it does not encrypt.
+    sasl: bool = False
     service_user: bool = False  # QEMU as its own user, socket for group libvirt
     server_certificate: pki.Kind = pki.Kind.TRUSTED  # what the daemon shows
     dn_list: tuple[str, ...] = ()  # client names let in; () lets in all trusted

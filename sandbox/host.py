@@ -51,6 +51,7 @@ class Host:
         self.address = place.address
         self.directory = place.directory
         self.storage = self.directory / "storage"
+        self.logs = self.directory / "log"
         self.socket = self.directory / "run/libvirt/libvirt-sock"
         self.uuid = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.{place.sandbox}"))
         self._place = place

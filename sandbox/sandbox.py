@@ -26,12 +26,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sandbox import config, errors, host, namespace, pki, process
+from sandbox import config, errors, host, namespace, pki, process, reach
 
 DEFAULT_ROOT = "/var/tmp/virtmigrate-sandbox"
 ROOT_VARIABLE = "VIRTMIGRATE_SANDBOX"
 NAME_VARIABLE = "VIRTMIGRATE_SANDBOX_NAME"
 NAME = re.compile(r"[a-z][a-z0-9-]{0,11}")
+CHECKOUT = Path(__file__).resolve().parent.parent
 PREFIX = 24
 FIRST_HOST = 11
 USER = "mover"
@@ -117,11 +118,11 @@ class Sandbox:
         with self._lock():
             self._refuse_if_used()
             self._reclaim()
-            self.directory.mkdir(mode=0o755)
-            self._save(owner)
-            self._write_files()
-            self._client.start(self._mounts())
-            self._make_bridge()
+            try:
+                self._make(owner)
+            except BaseException:
+                self._reclaim()
+                raise
 
     def down(self) -> None:
         """Take everything away: processes, namespaces, files."""
@@ -274,12 +275,13 @@ class Sandbox:
         state: dict[str, Any] = json.loads(self._state.read_text())
         return state
 
-    def _save(self, owner: process.Record | None) -> None:
-        state = {
-            "owner": None if owner is None else dataclasses.asdict(owner),
-            "hosts": {},
-        }
-        self._write_state(state)
+    def _make(self, owner: process.Record | None) -> None:
+        self.directory.mkdir(mode=0o755)
+        record = None if owner is None else dataclasses.asdict(owner)
+        self._write_state({"owner": record, "hosts": {}})
+        self._write_files()
+        self._client.start(self._mounts())
+        self._make_bridge()
 
     def _write_state(self, state: dict[str, Any]) -> None:
         new = self._state.with_suffix(".new")
@@ -345,6 +347,7 @@ class Sandbox:
             ["--bind", directory, directory],
             ["--make-shared", directory],
             *(["--bind", str(path), f"/etc/{path.name}"] for path in files),
+            *reach.mounts(CHECKOUT, self.directory / "reach"),
         ]
 
     def _make_bridge(self) -> None:

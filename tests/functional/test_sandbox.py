@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import Host, Sandbox, SandboxError, guest, process
+from sandbox import Host, Sandbox, SandboxError, guest, namespace, process, reach
 
 MiB = 1024 * 1024
 ROOT = Path(__file__).parent.parent.parent
@@ -318,6 +318,26 @@ def test_exec_passes_signals() -> None:
 def test_exec_as_user(box: Sandbox) -> None:
     done = box.exec(["sh", "-c", "id -un; id -Gn; touch $HOME/file"], user=True)
     assert done.stdout.split() == ["mover", "mover", "libvirt"]
+
+
+def test_user_reaches_a_checkout_in_a_closed_directory(box: Sandbox) -> None:
+    closed = box.directory / "closed"
+    checkout = closed / "checkout"
+    checkout.mkdir(parents=True)
+    closed.chmod(0o700)
+    (checkout / "file").write_text("content")
+    inside = namespace.Namespace(box.directory / "inside", ["mount"])
+    inside.start(reach.mounts(checkout, box.directory / "aside"))
+    try:
+        as_user = [*inside.enter(), "setpriv", "--reuid=64901", "--clear-groups", "--"]
+        done = process.run([*as_user, "cat", checkout / "file"])
+        assert done.stdout == "content"
+        assert process.run([*as_user, "ls", closed], check=False).returncode != 0
+        process.run([*inside.enter(), "touch", checkout / "new"])
+    finally:
+        inside.stop()
+    assert (checkout / "new").exists()
+    assert closed.stat().st_mode & 0o777 == 0o700
 
 
 def test_own_sandbox_in_use_is_refused(box: Sandbox) -> None:
