@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libvirt's errors in our words: the one place that reads codes and texts.
+
+A code decides wherever it can. libvirt has one code for several causes in TLS
+and for a busy pool; there the text decides, as libvirt 9.0 to 11.3 have it.
+"""
+
+import errno
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import libvirt
+
+from virtmigrate import errors
+
+UNVERIFIED = "Failed to verify peer's certificate"
+
+_BUSY = "has asynchronous jobs running"
+_NO_CONFIRMATION = "Unable to read TLS confirmation"
+
+# Texts about files of our own, with what is wrong there.
+_OUR_FILES = (
+    (re.compile(r"CA certificate"), "our own CA certificate"),
+    (re.compile(r"Our own certificate"), "our own certificate"),
+    (re.compile(r"client (certificate|key)"), "our own certificate"),
+    (re.compile(r"x509 (key|certificate)"), "our own certificate"),
+    (re.compile(r"^Certificate \S*/\S* (usage|purpose)"), "our own certificate"),
+    (re.compile(r"^The certificate \S*/\S* "), "our own certificate"),
+)
+
+_LOGIN_CODES = {
+    libvirt.VIR_ERR_AUTH_FAILED,
+    libvirt.VIR_ERR_AUTH_CANCELLED,
+    libvirt.VIR_ERR_AUTH_UNAVAILABLE,
+}
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What was asked of a host when libvirt failed."""
+
+    host: str
+    doing: str  # "creating volume x"
+    lost: bool = False  # the connection is gone, or never was there
+    seconds: float = 0.0  # since it began
+    instance: str | None = None  # these three: where the caller knows them
+    pool: str | None = None
+    volume: str | None = None
+
+
+def translate(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    """Return the error of ours that says what libvirt's means."""
+    found = _BY_CODE.get(error.get_error_code())
+    if found is not None:
+        return found(error, doing)
+    if _BUSY in _text(error):
+        return _pool_busy(error, doing)
+    if doing.lost:
+        return _connection_failed(error, doing)
+    return _failed(error, doing)
+
+
+def is_unverified(error: libvirt.libvirtError) -> bool:
+    """Tell whether the peer's certificate was refused; libvirt never says why."""
+    return UNVERIFIED in _text(error)
+
+
+# Private
+
+
+def _text(error: libvirt.libvirtError) -> str:
+    return str(error.get_error_message() or error)
+
+
+def _quoted(error: libvirt.libvirtError) -> str | None:
+    """Return the name that libvirt puts in quotes."""
+    found = re.search(r"'([^']+)'", _text(error))
+    return found[1] if found else None
+
+
+def _instance_not_found(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    name = doing.instance or _quoted(error) or doing.doing
+    return errors.InstanceNotFound(host=doing.host, instance=name)
+
+
+def _instance_exists(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    name = doing.instance or _quoted(error) or doing.doing
+    reason = _text(error)
+    return errors.InstanceExists(host=doing.host, instance=name, reason=reason)
+
+
+def _pool_not_found(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    name = doing.pool or _quoted(error) or doing.doing
+    return errors.PoolNotFound(host=doing.host, pool=name)
+
+
+def _volume_not_found(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    name = doing.volume or _quoted(error) or doing.doing
+    pool = doing.pool or "?"
+    return errors.VolumeNotFound(host=doing.host, pool=pool, volume=name)
+
+
+def _volume_exists(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    name = doing.volume or _quoted(error) or doing.doing
+    pool = doing.pool or "?"
+    return errors.VolumeExists(host=doing.host, pool=pool, volume=name)
+
+
+def _pool_busy(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    pool = doing.pool or _quoted(error) or "?"
+    reason = _text(error)
+    return errors.PoolBusy(
+        host=doing.host, pool=pool, seconds=doing.seconds, reason=reason
+    )
+
+
+def _login_failed(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    text = _text(error)
+    if is_unverified(error):
+        return errors.CertificateRefused(
+            host=doing.host, problem="untrusted", reason=text
+        )
+    if "TLS handshake failed" in text:
+        return errors.HostUnreachable(host=doing.host, reason=text)
+    return errors.AuthenticationFailed(host=doing.host, reason=text)
+
+
+def _connection_failed(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    text = _text(error)
+    if _NO_CONFIRMATION in text:
+        return errors.CertificateRefused(
+            host=doing.host,
+            problem="our own certificate",
+            reason="the host hung up when it had seen our certificate; it does not "
+            "trust it, finds it expired, or tls_allowed_dn_list there lacks its "
+            f"name ({text})",
+        )
+    for pattern, problem in _OUR_FILES:
+        if pattern.search(text):
+            return errors.CertificateRefused(
+                host=doing.host, problem=problem, reason=text
+            )
+    if error.get_int1() in (errno.EACCES, errno.EPERM):
+        return errors.AuthenticationFailed(host=doing.host, reason=text)
+    return errors.HostUnreachable(host=doing.host, reason=text)
+
+
+def _failed(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    return errors.LibvirtFailed(
+        host=doing.host,
+        doing=doing.doing,
+        reason=_text(error),
+        code=error.get_error_code(),
+        domain=error.get_error_domain(),
+        errno=error.get_int1(),
+    )
+
+
+_BY_CODE: dict[int | None, Callable[[libvirt.libvirtError, Doing], errors.Error]] = {
+    libvirt.VIR_ERR_NO_DOMAIN: _instance_not_found,
+    libvirt.VIR_ERR_DOM_EXIST: _instance_exists,
+    libvirt.VIR_ERR_NO_STORAGE_POOL: _pool_not_found,
+    libvirt.VIR_ERR_NO_STORAGE_VOL: _volume_not_found,
+    libvirt.VIR_ERR_STORAGE_VOL_EXIST: _volume_exists,
+    libvirt.VIR_ERR_NO_CONNECT: _connection_failed,
+    **dict.fromkeys(_LOGIN_CODES, _login_failed),
+}
