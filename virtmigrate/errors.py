@@ -4,6 +4,8 @@
     Error
     ├── ConfigurationError
     ├── Unsupported
+    ├── XmlRefused
+    ├── DomainNotUnderstood
     ├── HostError
     │   ├── HostUnreachable
     │   ├── HostTimeout
@@ -76,6 +78,14 @@ class ConfigurationError(Error):
 
 class Unsupported(Error):
     msg = "backend {backend} cannot {operation}: {reason}"
+
+
+class XmlRefused(Error):
+    msg = "XML is refused: {reason}"
+
+
+class DomainNotUnderstood(Error):
+    msg = "domain {domain}: {reason}"
 
 
 # Hosts
