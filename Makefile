@@ -64,5 +64,5 @@ sandbox-down: setup ## Take the hosts of `make sandbox` away
 
 clean: ## Remove what was built: .venv, caches, sandboxes
 	@if [ -x $(PYTHON) ]; then $(SANDBOX) down --all; fi
-	rm -rf .venv .setup.lock .cache build dist *.egg-info \
+	$(ROOT) rm -rf .venv .setup.lock .cache build dist *.egg-info \
 		.mypy_cache .pytest_cache .ruff_cache .hypothesis

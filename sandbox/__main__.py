@@ -79,11 +79,13 @@ def explain(box: sandbox.Sandbox) -> None:
     for each in box.hosts.values():
         print(f"{each.name}: {each.uri}")
         print(f"{' ' * len(each.name)}  {each.local_uri}")
+    sudo = "sudo " if "SUDO_UID" in os.environ else ""
+    command = f"{sudo}{sys.executable} -m sandbox"
     for each in list(box.hosts.values())[:1]:
         print("\nThese names resolve, and are reachable, in the sandbox only:")
-        print(f"  {sys.executable} -m sandbox exec {box.name} -- \\")
+        print(f"  {command} exec {box.name} -- \\")
         print(f"    virsh -c '{each.uri}' list --all")
-    print(f"\nTake it down: {sys.executable} -m sandbox down {box.name}")
+    print(f"\nTake it down: {command} down {box.name}")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -128,12 +130,15 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def down(arguments: argparse.Namespace) -> int:
-    """Take one sandbox or all away."""
-    boxes = [sandbox.Sandbox(arguments.name)] if arguments.name else []
-    if arguments.all:
-        boxes = sandbox.all_sandboxes()
-    for box in boxes:
-        box.down()
+    """Take one sandbox away, in use or not, or all that nobody uses."""
+    if arguments.name:
+        sandbox.Sandbox(arguments.name).down()
+    for box in sandbox.all_sandboxes() if arguments.all else []:
+        owner = box.owner()
+        if owner is None:
+            box.down()
+        else:
+            print(f"{box.name} is in use by process {owner.pid}: left up")
     return 0
 
 
