@@ -86,6 +86,17 @@ def add(
     return created
 
 
+def append(parent: Element, created: Element) -> None:
+    """Append a new element to a parent, indented as what is there."""
+    last = parent[-1] if len(parent) else None
+    parent.append(created)
+    if last is None:
+        tidy(parent)
+        return
+    created.tail, last.tail = last.tail, parent.text
+    tidy(created)
+
+
 def insert_after(sibling: Element, created: Element) -> None:
     """Place a new element behind one that has a parent."""
     created.tail, sibling.tail = sibling.tail, None

@@ -26,6 +26,9 @@ def obstacles(device: Element) -> Iterator[str]:
         yield f"{label}: type {kind} leads to {_end(device)} of this host"
     elif kind == "unix":
         yield from _socket(label, device)
+    if device.find("log") is not None and not _is_console(device):
+        log = xml.attribute_at(device, "log", "file")
+        yield f"{label}: only the first serial port's log is carried, not {log}"
 
 
 def is_given_socket(source: Element) -> bool:
@@ -35,6 +38,15 @@ def is_given_socket(source: Element) -> bool:
 
 
 # Private
+
+
+def _is_console(device: Element) -> bool:
+    """Tell whether it is the first serial port, or the console that stands for it."""
+    if device.tag == "console":
+        return xml.attribute_at(device, "target", "type") == "serial"
+    parent = device.getparent()
+    first = None if parent is None else parent.find("serial")
+    return device is first
 
 
 def _socket(label: str, device: Element) -> Iterator[str]:

@@ -52,8 +52,8 @@ def with_nvram(text: str, path: str) -> str:
     """
     root = tree.parse(text)
     loader = tree.required(root, "os/loader")
-    if loader.get("type") != "pflash":
-        raise tree.not_understood(root, "its firmware is not in pflash")
+    if loader.get("type") != "pflash" or loader.get("stateless") == "yes":
+        raise tree.not_understood(root, "its firmware has no variables")
     nvram = root.find("os/nvram")
     if nvram is None:
         nvram = xml.element("nvram")
@@ -109,8 +109,8 @@ def with_console_log(text: str, path: str | None) -> str:
         DomainNotUnderstood: it has no serial port.
     """
     root = tree.parse(text)
-    for old in root.findall("devices/console/log"):
-        xml.remove(old)
+    for twin in root.findall("devices/console/target[@type='serial']/../log"):
+        xml.remove(twin)
     serial = root.find("devices/serial")
     if serial is None:
         raise tree.not_understood(root, "it has no serial port")
@@ -126,12 +126,15 @@ def with_console_log(text: str, path: str | None) -> str:
 
 
 def _set_memory(root: Element, size: int) -> None:
+    if size <= 0:
+        raise tree.not_understood(root, f"it cannot have {size} bytes of memory")
     if size == reader.memory_of(root):
         return
     for path, what in (
         ("cpu/numa", "its memory is divided into NUMA cells"),
         ("maxMemory", "it has slots for memory devices"),
         ("devices/memory", "it has memory devices"),
+        ("memtune/hard_limit", "its memory has a hard limit"),
     ):
         if root.find(path) is not None:
             raise tree.not_understood(root, what + ", so its memory cannot be changed")
@@ -146,6 +149,8 @@ def _set_memory(root: Element, size: int) -> None:
 
 
 def _set_vcpus(root: Element, count: int) -> None:
+    if count <= 0:
+        raise tree.not_understood(root, f"it cannot have {count} CPUs")
     if count == reader.vcpus_of(root):
         return
     _check_vcpus(root, count)

@@ -142,7 +142,7 @@ class _Reader:
             return None
         type_ = SourceType(kind)
         path = None if source is None else source.get(_ATTRIBUTE[type_])
-        if source is None or path is None:
+        if source is None or not path:
             self._missing(node)
             return None
         if type_ is not SourceType.NETWORK:

@@ -62,18 +62,22 @@ def write(root: Element, values: Mapping[str, str]) -> None:
     """Put the instance's values into a tree in place of older ones."""
     for old in root.findall(f"metadata/{_INSTANCE}"):
         xml.remove(old)
-    holder = root.find("metadata")
-    if holder is None:
-        holder = xml.element("metadata")
-        xml.insert_after(tree.required(root, "name"), holder)
-    instance = etree.SubElement(holder, _INSTANCE, nsmap={PREFIX: URI})
+    instance = etree.Element(_INSTANCE, nsmap={PREFIX: URI})
     for name, value in values.items():
         _check_name(name)
         xml.add(instance, f"{{{URI}}}{name}", value)
-    xml.tidy(instance)
+    xml.append(_holder(root), instance)
 
 
 # Private
+
+
+def _holder(root: Element) -> Element:
+    found = root.find("metadata")
+    if found is None:
+        found = xml.element("metadata")
+        xml.insert_after(tree.required(root, "name"), found)
+    return found
 
 
 def _values(instance: Element) -> dict[str, str]:

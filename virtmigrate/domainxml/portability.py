@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from lxml import etree
+
 from virtmigrate import xml
 from virtmigrate.domainxml import chardevs, diskparts, tree
 from virtmigrate.xml import Element
@@ -79,6 +81,40 @@ _INTERFACE_PARTS = frozenset(
         "teaming",
     ]
 )
+
+_HARMLESS = frozenset(
+    [
+        "emulator",
+        "controller",
+        "sound",
+        "hub",
+        "watchdog",
+        "memballoon",
+        "panic",
+        "iommu",
+        "redirfilter",
+    ]
+)
+
+# What an interface may name that lies on the host: tag, attribute, noun.
+_INTERFACE_FILES = (
+    ("filterref", "filter", "network filter"),
+    ("script", "path", "script"),
+    ("backend", "tap", "tap device"),
+    ("backend", "vhost", "vhost device"),
+    ("rom", "file", "ROM file"),
+)
+
+# Tag: (what the device is, why it cannot be carried).
+_NEVER = {
+    "hostdev": ("host device", "it is a device of this host"),
+    "mdev": ("mediated device", "it is a device of this host"),
+    "tpm": ("TPM", "its state is not carried"),
+    "filesystem": ("shared file system", "it is a directory of this host"),
+    "shmem": ("shared memory", "it is shared with processes of this host"),
+    "memory": ("memory device", "memory devices are not carried"),
+    "lease": ("lock lease", "it is held in a lock space of this host"),
+}
 
 
 def obstacles(text: str) -> tuple[str, ...]:
@@ -164,9 +200,8 @@ def _resource(root: Element) -> Iterator[str]:
     partition = xml.text_at(root, "resource/partition")
     if partition not in (None, "/machine"):
         yield f"resource partition {partition}: a cgroup of this host"
-    for child in xml.children(root):
-        if child.tag == "resource" and child.find("fibrechannel") is not None:
-            yield "a Fibre Channel identifier of this host"
+    if root.find("resource/fibrechannel") is not None:
+        yield "a Fibre Channel identifier of this host"
 
 
 # Private: devices
@@ -200,17 +235,11 @@ def _interface(device: Element) -> Iterator[str]:
 
 
 def _interface_files(name: str, device: Element) -> Iterator[str]:
-    for path, what in (
-        ("filterref", "network filter {filter} is this host's own"),
-        ("script", "script {path} of this host is not carried"),
-        ("backend", "a backend (tap {tap}, vhost {vhost}) of this host"),
-        ("rom[@file]", "ROM file {file} of this host is not carried"),
-        ("teaming", "it is teamed with a host device"),
-    ):
-        for found in device.findall(path):
-            values = dict.fromkeys(("filter", "path", "tap", "vhost", "file"), "none")
-            values.update({str(k): str(v) for k, v in found.attrib.items()})
-            yield f"{name}: " + what.format_map(values)
+    for tag, attribute, what in _INTERFACE_FILES:
+        for found in device.findall(f"{tag}[@{attribute}]"):
+            yield f"{name}: {what} {found.get(attribute)} of this host"
+    if device.find("teaming") is not None:
+        yield f"{name}: it is teamed with a host device"
 
 
 def _graphics(device: Element) -> Iterator[str]:
@@ -265,36 +294,13 @@ def _rng(device: Element) -> Iterator[str]:
 
 
 def _tag(element: Element) -> str:
-    """Return a tag with its namespace, shortened to be read."""
-    return xml.tag_of(element).replace("{http://libvirt.org/schemas/domain/", "{")
+    """Return a tag as it is written, with its prefix."""
+    name = etree.QName(element).localname
+    return f"{element.prefix}:{name}" if element.prefix else name
 
 
-# Private: what may pass, what never does, and what is looked at
+# Private: who looks at which device
 
-_HARMLESS = frozenset(
-    [
-        "emulator",
-        "controller",
-        "sound",
-        "hub",
-        "watchdog",
-        "memballoon",
-        "panic",
-        "iommu",
-        "redirfilter",
-    ]
-)
-
-# Tag: (what the device is, why it cannot be carried).
-_NEVER = {
-    "hostdev": ("host device", "it is a device of this host"),
-    "mdev": ("mediated device", "it is a device of this host"),
-    "tpm": ("TPM", "its state is not carried"),
-    "filesystem": ("shared file system", "it is a directory of this host"),
-    "shmem": ("shared memory", "it is shared with processes of this host"),
-    "memory": ("memory device", "memory devices are not carried"),
-    "lease": ("lock lease", "it is held in a lock space of this host"),
-}
 
 _CHECKS: dict[str, Check] = {
     "disk": diskparts.obstacles,

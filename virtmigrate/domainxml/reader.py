@@ -267,4 +267,5 @@ def _kind(element: Element) -> InterfaceKind | None:
 
 
 def _console_log(root: Element) -> str | None:
-    return xml.attribute_at(root, "devices/serial/log", "file")
+    serial = root.find("devices/serial")
+    return None if serial is None else xml.attribute_at(serial, "log", "file")

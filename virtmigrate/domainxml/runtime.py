@@ -59,7 +59,7 @@ def _drop_aliases(root: Element) -> None:
 
 def _drop_labels(root: Element) -> None:
     for label in root.findall("seclabel"):
-        if label.get("type") != "dynamic":
+        if label.get("type", "dynamic") != "dynamic":
             continue
         _drop(label, "label")
         _drop(label, "imagelabel")
