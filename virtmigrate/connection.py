@@ -17,7 +17,7 @@ import libvirt
 from virtmigrate import address, certificate, errors, sockets, translation, watchdog
 
 # Seconds that a daemon gets to say goodbye.
-CLOSE_TIMEOUT = 5.0
+CLOSE_TIMEOUT = 2.0
 
 _SASL = [libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_PASSPHRASE]
 
@@ -50,16 +50,23 @@ class Connection:
         except libvirt.libvirtError:
             return False
 
-    def close(self) -> None:
-        """Close it, even while objects of it are still referenced."""
+    def close(self) -> bool:
+        """Close it, even while objects of it are still referenced.
+
+        Returns whether the daemon answered in time.
+        """
         if self._is_closed:
-            return
+            return True
         self._is_closed = True
-        with _alarm(CLOSE_TIMEOUT, self.cut), contextlib.suppress(libvirt.libvirtError):
+        with (
+            _alarm(CLOSE_TIMEOUT, self.cut) as alarm,
+            contextlib.suppress(libvirt.libvirtError),
+        ):
             self.conn.close()
         self.cut()
         for sock in self._held:
             sock.close()
+        return not alarm.fired
 
     def abandon(self) -> None:
         """Forget it in a forked child: its TLS session is the parent's."""
@@ -81,13 +88,13 @@ def open_connection(
     peer = _peer(where, name)
     with _turn(peer, name, seconds):
         opening = _Opening(peer)
-        with _alarm(seconds, opening.cut) as alarm:
-            try:
+        try:
+            with _alarm(seconds, opening.cut) as alarm:
                 return _open(where, name, opening, allow_insecure=allow_insecure)
-            except libvirt.libvirtError as e:
-                if alarm.fired:
-                    raise opening.overdue(name, seconds) from e
-                failure = e
+        except libvirt.libvirtError as e:
+            if alarm.fired:
+                raise opening.overdue(name, seconds) from e
+            failure = e
     raise _explain(failure, where, name, seconds) from failure
 
 
@@ -182,8 +189,9 @@ def _explain(
     if translation.is_unverified(error):
         problem, reason = certificate.diagnose(where, seconds)
         return errors.CertificateRefused(host=name, problem=problem, reason=reason)
-    if where.auth_file is not None and not where.auth_file.is_file():
-        # libvirt 9.0 fails without a cause then.
+    missing = where.auth_file is not None and not where.auth_file.is_file()
+    if missing and error.get_error_domain() == libvirt.VIR_FROM_NONE:
+        # libvirt 9.0: "An error occurred, but the cause is unknown".
         reason = f"cannot read the authfile {where.auth_file} of the URI"
         return errors.AuthenticationFailed(host=name, reason=reason)
     doing = translation.Doing(host=name, doing="connecting", lost=True)

@@ -39,10 +39,20 @@ class Session:
         self.opened = opened
         self.began = time.monotonic()
         self.alarm = watchdog.WATCHDOG.arm(seconds, opened.cut)
+        self._resting = False
 
     def touch(self) -> None:
         """Say that something moved: the deadline starts anew."""
+        if self._resting:
+            self._resting = False
+            watchdog.WATCHDOG.rearm(self.alarm)
         self.alarm.touch()
+
+    def rest(self) -> None:
+        """Stop the clock until the next touch(): nothing is asked of this host now."""
+        if not self._resting:
+            self._resting = True
+            watchdog.WATCHDOG.disarm(self.alarm)
 
 
 class _Thread(threading.local):
@@ -152,11 +162,7 @@ class Host:
             opened, self._opened = self._opened, []
             for _, each in opened:
                 each.is_retired = True
-        for _, each in opened:
-            if each.uses:
-                each.cut()
-            else:
-                each.close()
+        _close([each for _, each in opened])
 
     # Private
 
@@ -236,8 +242,7 @@ class Host:
         with self._lock:
             ended = [each for each in self._opened if not each[0].is_alive()]
             self._opened = [each for each in self._opened if each[0].is_alive()]
-        for _, opened in ended:
-            opened.close()
+        _close([opened for _, opened in ended])
 
     def _abandon(self) -> None:
         """In a forked child: leave the parent's connections alone."""
@@ -263,6 +268,16 @@ def _checked(uri: str, name: str | None, *, allow_insecure: bool) -> address.Add
     else:
         return where
     raise errors.InsecureConnection(host=name or where.name, reason=reason)
+
+
+def _close(opened: list[connection.Connection]) -> None:
+    """Close connections to one host; when it is silent, wait for it only once."""
+    answered = True
+    for each in opened:
+        if each.uses or not answered:
+            each.cut()
+        if not each.uses:
+            answered = each.close() and answered
 
 
 def _close_all() -> None:

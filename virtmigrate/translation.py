@@ -16,7 +16,9 @@ from virtmigrate import errors
 
 UNVERIFIED = "Failed to verify peer's certificate"
 
-_BUSY = "has asynchronous jobs running"
+_BUSY = re.compile(
+    r"has asynchronous jobs running|volume '.*' is still (being allocated|in use)"
+)
 _NO_CONFIRMATION = "Unable to read TLS confirmation"
 
 # Texts about files of our own, with what is wrong there.
@@ -54,7 +56,7 @@ def translate(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
     found = _BY_CODE.get(error.get_error_code())
     if found is not None:
         return found(error, doing)
-    if _BUSY in _text(error):
+    if _BUSY.search(_text(error)):
         return _pool_busy(error, doing)
     if doing.lost:
         return _connection_failed(error, doing)
@@ -108,10 +110,13 @@ def _volume_exists(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
 
 
 def _pool_busy(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
-    pool = doing.pool or _quoted(error) or "?"
     reason = _text(error)
+    named = _quoted(error) if f"pool '{_quoted(error)}'" in reason else None
     return errors.PoolBusy(
-        host=doing.host, pool=pool, seconds=doing.seconds, reason=reason
+        host=doing.host,
+        pool=doing.pool or named or "?",
+        seconds=doing.seconds,
+        reason=reason,
     )
 
 

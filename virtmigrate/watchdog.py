@@ -100,12 +100,17 @@ class Watchdog:
     def _ring(self, now: float) -> None:
         for alarm in self._armed:
             if alarm.due <= now:
-                alarm.fired = True
+                self._fire(alarm)
                 alarm.due = now + REPEAT
-                try:
-                    alarm.action()
-                except Exception:
-                    LOG.exception("A deadline passed, and its action failed")
+
+    def _fire(self, alarm: Alarm) -> None:
+        # First of all: whoever is woken by the action looks at it.
+        again, alarm.fired = alarm.fired, True
+        try:
+            alarm.action()
+        except Exception:
+            if not again:
+                LOG.exception("A deadline passed, and its action failed")
 
 
 WATCHDOG = Watchdog()
