@@ -168,12 +168,6 @@ transfer_opts = [
         "take in memory, so this bounds what it may hold, and what is sent "
         "again after an error.",
     ),
-    cfg.BoolOpt(
-        "keep_retired",
-        default=False,
-        help="Keep the volumes of an instance that moved away, never startable, "
-        "until room is short, instead of removing them at confirm.",
-    ),
 ]
 
 backend_list_opts = [
@@ -201,12 +195,6 @@ backend_opts = [
         default="/var/lib/virtmigrate/storage",
         help="Directory of the backend on the libvirt host. Its pools lie below "
         "it and are made through libvirt.",
-    ),
-    cfg.StrOpt(
-        "disk_format",
-        default="raw",
-        choices=["raw", "qcow2"],
-        help="Format of new disks.",
     ),
     cfg.IntOpt(
         "volume_uid",

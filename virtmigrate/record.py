@@ -175,7 +175,9 @@ class Store(Generic[T]):
 
     def _generations(self, name: str) -> list[int]:
         found = _parse_all(self.pool.names())
-        return sorted(generation for found_name, generation in found if found_name == name)
+        return sorted(
+            generation for found_name, generation in found if found_name == name
+        )
 
     def _load(self, name: str, generation: int) -> T | None:
         try:

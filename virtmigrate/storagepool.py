@@ -22,7 +22,6 @@ from lxml import etree
 from virtmigrate import errors
 from virtmigrate.host import Host, Session
 
-
 LOG = logging.getLogger(__name__)
 
 CHUNK = 262_120
@@ -76,7 +75,7 @@ class Pool:
         self.host = host
         self.name = name
         self.ownership = ownership or Ownership()
-        self._busy_timeout = busy_timeout
+        self.busy_timeout = busy_timeout
         self._path: str | None = None
         self._local: bool | None = None
         self._lock = threading.Lock()
@@ -257,7 +256,10 @@ class Pool:
     def _permissions(self, target: etree._Element, mode: str) -> None:
         permissions = etree.SubElement(target, "permissions")
         etree.SubElement(permissions, "mode").text = mode
-        for tag, value in (("owner", self.ownership.uid), ("group", self.ownership.gid)):
+        for tag, value in (
+            ("owner", self.ownership.uid),
+            ("group", self.ownership.gid),
+        ):
             if value is not None:
                 etree.SubElement(permissions, tag).text = str(value)
         if self.ownership.label:
@@ -326,7 +328,7 @@ class Pool:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(errors.PoolBusy),
             wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.5),
-            stop=tenacity.stop_after_delay(self._busy_timeout),
+            stop=tenacity.stop_after_delay(self.busy_timeout),
             reraise=True,
         )
         return retrying(attempt)
@@ -365,11 +367,12 @@ def send_all(session: Session, stream: "libvirt.virStream", data: bytes) -> None
     """Send all of data, in pieces of the protocol's best size."""
     view = memoryview(data)
     while view:
+        session.touch()
         sent = stream.send(bytes(view[:CHUNK]))
         if sent <= 0:
             raise OSError(f"the stream took {sent} bytes")
         view = view[sent:]
-        session.touch()
+    session.touch()
 
 
 def abort(stream: "libvirt.virStream") -> None:
@@ -378,5 +381,3 @@ def abort(stream: "libvirt.virStream") -> None:
         stream.abort()
     except libvirt.libvirtError as e:
         LOG.debug("aborting a stream: %s", e)
-
-

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends of a host: which kinds there are, and those that it has."""
+
+from oslo_config import cfg
+
+from virtmigrate import conf as options
+from virtmigrate import errors, storagepool
+from virtmigrate.backends import base, dir
+from virtmigrate.host import Host
+from virtmigrate.units import MiB
+
+KINDS: dict[str, type[base.Backend]] = {
+    "dir": dir.DirBackend,
+}
+
+
+def load(conf: cfg.ConfigOpts, host: Host) -> dict[str, base.Backend]:
+    """Return the enabled backends by name, in the order of the configuration."""
+    names = conf[options.GROUP].enabled_backends
+    return {name: _load(conf, host, name) for name in names}
+
+
+# Private
+
+
+def _load(conf: cfg.ConfigOpts, host: Host, name: str) -> base.Backend:
+    kind = conf[name].kind
+    if kind not in KINDS:
+        raise errors.ConfigurationError(
+            reason=f"backend {name}: kind = {kind} is not known ({', '.join(KINDS)})"
+        )
+    return KINDS[kind](host, _settings(conf, name))
+
+
+def _settings(conf: cfg.ConfigOpts, name: str) -> base.Settings:
+    group = conf[name]
+    return base.Settings(
+        name=name,
+        path=group.path,
+        ownership=storagepool.Ownership(
+            uid=group.volume_uid,
+            gid=group.volume_gid,
+            mode=group.volume_mode,
+            label=group.volume_label,
+        ),
+        reserved=group.reserved_mib * MiB,
+        busy_timeout=conf[options.GROUP].busy_timeout,
+        record_grace=conf[options.GROUP].record_grace,
+    )

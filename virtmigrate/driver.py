@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The face that a compute service imports: it checks, delegates and maps.
+
+Method names and signatures are OpenStack Nova's (nova.virt.driver.ComputeDriver),
+and nothing of Nova is needed: objects are read by their attributes, additional
+keyword arguments are tolerated, because Nova's signatures drift.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from oslo_config import cfg
+
+from virtmigrate import (
+    conf as options,
+)
+from virtmigrate import errors, events, inventory, mapping, node, spawning
+from virtmigrate.host import Host
+from virtmigrate.instance import Info
+from virtmigrate.migration import source, target
+from virtmigrate.peer import Peer
+from virtmigrate.progress import Progress
+
+LOG = logging.getLogger(__name__)
+
+
+class VirtMigrateDriver:
+    """Runs the instances of one host and moves them to others.
+
+    Safe to share between threads. `init_host` comes first.
+
+    Arguments:
+        virtapi: what the compute service gives its driver; kept, not used.
+        conf: the configuration; by default oslo.config's global one.
+        progress: makes the Progress of a move; by default nobody listens.
+    """
+
+    def __init__(
+        self,
+        virtapi: object = None,
+        conf: cfg.ConfigOpts | None = None,
+        *,
+        progress: Callable[[], Progress] = Progress,
+        **_: object,
+    ) -> None:
+        if isinstance(virtapi, cfg.ConfigOpts):
+            virtapi, conf = None, virtapi
+        self.virtapi = virtapi
+        self._conf = conf if conf is not None else cfg.CONF
+        self._progress = progress
+        self._node: node.Node | None = None
+        self._peers: dict[str, Peer] = {}
+        self._events = events.Poller(lambda: self.node)
+
+    @property
+    def node(self) -> node.Node:
+        """This host; ConfigurationError before init_host."""
+        if self._node is None:
+            raise errors.ConfigurationError(reason="init_host was not called")
+        return self._node
+
+    # The host
+
+    def init_host(self, host: str, **_: object) -> None:
+        """Make pools, say to peers what this host is, finish what was left undone."""
+        options.register(self._conf)
+        self._node = node.Node(self._conf)
+        self._node.ensure()
+        self._source = source.Source(self._node, self._peer)
+        self._target = target.Target(self._node)
+        self.settle()
+
+    def settle(self) -> list[str]:
+        """Finish or undo what a failure left, on this host; return what remains.
+
+        To be called from time to time: peers come back, and debts are paid.
+        """
+        return [*self._source.recover(), *self._target.recover()]
+
+    def cleanup_host(self, host: str, **_: object) -> None:
+        """Close all connections."""
+        self._events.stop()
+        for peer in self._peers.values():
+            peer.host.close()
+        self._peers.clear()
+        if self._node is not None:
+            self._node.close()
+
+    def get_host_ip_addr(self) -> str:
+        """Return the name or address that peers get as `dest`."""
+        return self.node.name
+
+    def get_available_resource(self, nodename: str) -> dict[str, Any]:
+        """Return what this host has, in Nova's terms (MiB and GiB)."""
+        return inventory.resources(self.node)
+
+    def get_available_nodes(self, refresh: bool = False) -> list[str]:
+        return [self.node.name]
+
+    def register_event_listener(
+        self, callback: Callable[[events.Event], object]
+    ) -> None:
+        """Call back, from a thread of ours, for each change of an instance's state."""
+        self._events.start(callback, float(self.node.options.event_interval))
+
+    # Instances
+
+    def list_instances(self) -> list[str]:
+        return [name for _, name in self.node.domains.all()]
+
+    def list_instance_uuids(self) -> list[str]:
+        return [uuid for uuid, _ in self.node.domains.all()]
+
+    def instance_exists(self, instance: Any) -> bool:
+        return self.node.domains.exists(instance.uuid)
+
+    def get_info(self, instance: Any, use_cache: bool = True, **_: object) -> Info:
+        """Return power state, memory and CPUs; InstanceNotFound."""
+        return self.node.domains.info(instance.uuid)
+
+    def spawn(
+        self,
+        context: object,
+        instance: Any,
+        image_meta: Any,
+        injected_files: object = None,
+        admin_password: object = None,
+        allocations: object = None,
+        network_info: Any = None,
+        block_device_info: Mapping[str, Any] | None = None,
+        power_on: bool = True,
+        **_: object,
+    ) -> None:
+        """Make an instance from the raw image file `image_meta.path`.
+
+        On failure nothing of it stays.
+        """
+        wanted = mapping.wanted(
+            instance, image_meta, network_info, owner=self.node.options.owner
+        )
+        spawning.Spawner(self.node).spawn(wanted, power_on=power_on)
+
+    def destroy(
+        self,
+        context: object,
+        instance: Any,
+        network_info: object = None,
+        block_device_info: object = None,
+        destroy_disks: bool = True,
+        destroy_secrets: bool = True,
+        **_: object,
+    ) -> None:
+        """Stop the instance and remove its domain; its volumes when destroy_disks.
+
+        An instance that came by a move that is not confirmed is given back to
+        its source, whose volumes are never touched.
+        """
+        uuid = instance.uuid
+        with self.node.claimed(uuid):
+            if self._target.give_back(uuid):
+                return
+            self.node.domains.kill(uuid)
+            self.node.domains.undefine(uuid)
+            if destroy_disks:
+                self.node.remove_instance(uuid)
+        LOG.info("instance=%s destroyed on %s", uuid, self.node.name)
+
+    def cleanup(
+        self,
+        context: object,
+        instance: Any,
+        network_info: object = None,
+        block_device_info: object = None,
+        destroy_disks: bool = True,
+        **_: object,
+    ) -> None:
+        """Remove what destroy would, of an instance that is off already."""
+        self.destroy(context, instance, destroy_disks=destroy_disks)
+
+    def power_on(
+        self,
+        context: object,
+        instance: Any,
+        network_info: object = None,
+        block_device_info: object = None,
+        **_: object,
+    ) -> None:
+        """Start it; NotEntitled when this host has not the right to."""
+        with self.node.claimed(instance.uuid):
+            self.node.entitled(instance.uuid)
+            self.node.domains.start(instance.uuid)
+
+    def power_off(
+        self, instance: Any, timeout: int = 0, retry_interval: int = 0, **_: object
+    ) -> None:
+        """Let the guest shut down within timeout seconds, then turn it off."""
+        with self.node.claimed(instance.uuid):
+            self.node.domains.stop(instance.uuid, timeout, retry_interval or 1)
+
+    def reboot(
+        self,
+        context: object,
+        instance: Any,
+        network_info: object,
+        reboot_type: str,
+        block_device_info: object = None,
+        bad_volumes_callback: object = None,
+        **_: object,
+    ) -> None:
+        """SOFT: shut down and start. HARD: off and on, from the configuration."""
+        uuid = instance.uuid
+        with self.node.claimed(uuid):
+            self.node.entitled(uuid)
+            if reboot_type == "SOFT":
+                wait = self.node.options
+                self.node.domains.stop(
+                    uuid, wait.shutdown_timeout, wait.shutdown_retry_interval
+                )
+            self.node.domains.kill(uuid)
+            self.node.domains.start(uuid)
+
+    def pause(self, instance: Any, **_: object) -> None:
+        self.node.domains.pause(instance.uuid)
+
+    def unpause(self, instance: Any, **_: object) -> None:
+        self.node.domains.unpause(instance.uuid)
+
+    def suspend(self, context: object, instance: Any, **_: object) -> None:
+        """Keep its memory in libvirt's managed save."""
+        with self.node.claimed(instance.uuid):
+            self.node.domains.save(instance.uuid)
+
+    def resume(
+        self,
+        context: object,
+        instance: Any,
+        network_info: object = None,
+        block_device_info: object = None,
+        **_: object,
+    ) -> None:
+        """Start it, from its managed save if there is one."""
+        self.power_on(context, instance)
+
+    # Moves
+
+    def migrate_disk_and_power_off(
+        self,
+        context: Any,
+        instance: Any,
+        dest: str,
+        flavor: Any,
+        network_info: object = None,
+        block_device_info: object = None,
+        timeout: int = 0,
+        retry_interval: int = 0,
+        **_: object,
+    ) -> str:
+        """Move the volumes to dest and hand the instance over.
+
+        Returns the string that finish_migration needs there.
+        Raises MigrationRefused: nothing was touched. MigrationRolledBack: all is
+        as it was, the guest runs again. MigrationUndecided: see there.
+        """
+        request = mapping.request(
+            context, instance, dest, flavor, timeout, retry_interval
+        )
+        return self._source.migrate(request, self._progress())
+
+    def finish_migration(
+        self,
+        context: object,
+        migration: object,
+        instance: Any,
+        disk_info: str,
+        network_info: Any = None,
+        image_meta: object = None,
+        resize_instance: bool = False,
+        allocations: object = None,
+        block_device_info: object = None,
+        power_on: bool = True,
+        **_: object,
+    ) -> None:
+        """Take the instance that was handed over to this host."""
+        interfaces = mapping.interfaces(network_info)
+        self._target.finish(
+            instance.uuid, disk_info, power_on=power_on, interfaces=interfaces
+        )
+
+    def confirm_migration(
+        self,
+        context: object,
+        migration: object,
+        instance: Any,
+        network_info: object = None,
+        **_: object,
+    ) -> None:
+        """Remove the source's volumes; NotConfirmable until the peer has proven its."""
+        self._source.confirm(instance.uuid)
+
+    def finish_revert_migration(
+        self,
+        context: object,
+        instance: Any,
+        network_info: object = None,
+        migration: object = None,
+        block_device_info: object = None,
+        power_on: bool = True,
+        **_: object,
+    ) -> None:
+        """Take the instance back, as it was when it was powered off."""
+        self._source.revert(instance.uuid, power_on=power_on)
+
+    def open_operations(self) -> list[tuple[str, str, str, str]]:
+        """Return (operation, instance, peer, newest step) of moves not over."""
+        return self._source.open_operations()
+
+    # Private
+
+    def _peer(self, dest: str) -> Peer:
+        if dest not in self._peers:
+            insecure = dest in self.node.options.allow_insecure_peers
+            host = Host(
+                options.transfer_uri(self._conf, dest),
+                name=dest,
+                timeouts=node.timeouts(self._conf),
+                allow_insecure=insecure,
+            )
+            box = node.mailbox(
+                host,
+                self.node.options.record_grace,
+                ownership=self.node.files.settings.ownership,
+                busy_timeout=self.node.options.busy_timeout,
+            )
+            self._peers[dest] = Peer(host, box)
+        return self._peers[dest]

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Domains of a host: define, start, stop, look. What libvirt sees of an instance."""
+
+import contextlib
+import enum
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import libvirt
+
+from virtmigrate import domainxml, errors
+from virtmigrate.host import Host
+
+LOG = logging.getLogger(__name__)
+
+
+class Power(enum.Enum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    SAVED = "saved"
+    """Off, with its memory in libvirt's managed save."""
+    CRASHED = "crashed"
+
+
+_POWER = {
+    libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: Power.RUNNING,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: Power.RUNNING,
+    libvirt.VIR_DOMAIN_CRASHED: Power.CRASHED,
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What libvirt says of a domain now."""
+
+    power: Power
+    id: int
+    """libvirt's number of the running domain, -1 when it is off."""
+    max_memory: int
+    """Bytes."""
+    memory: int
+    vcpus: int
+    cpu_time: float
+    """Seconds."""
+
+
+class Domains:
+    """The domains of one host, by UUID. Safe to share between threads."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def all(self) -> list[tuple[str, str]]:
+        """Return (uuid, name) of every domain."""
+        with self.host.session("listing domains") as session:
+            domains = session.conn.listAllDomains(0)
+            return [(domain.UUIDString(), domain.name()) for domain in domains]
+
+    def exists(self, uuid: str) -> bool:
+        """Tell whether a domain of this UUID is defined or running."""
+        try:
+            with self._domain(uuid, "looking for it"):
+                return True
+        except errors.InstanceNotFound:
+            return False
+
+    def holder(self, name: str) -> str | None:
+        """Return the UUID of the domain that has this name, or None."""
+        return {found: uuid for uuid, found in self.all()}.get(name)
+
+    def info(self, uuid: str) -> Info:
+        """Return power, memory, CPUs; InstanceNotFound."""
+        with self._domain(uuid, "asking for its state") as domain:
+            state, max_memory, memory, vcpus, cpu_time = domain.info()
+            return Info(
+                power=_power(domain, state),
+                id=domain.ID(),
+                max_memory=max_memory * 1024,
+                memory=memory * 1024,
+                vcpus=vcpus,
+                cpu_time=cpu_time / 1e9,
+            )
+
+    def power(self, uuid: str) -> Power:
+        """Return what it is doing; InstanceNotFound."""
+        with self._domain(uuid, "asking for its state") as domain:
+            return _power(domain, domain.state()[0])
+
+    def xml(self, uuid: str) -> str:
+        """Return the configuration that the next start uses, secrets included."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        with self._domain(uuid, "reading its configuration") as domain:
+            return str(domain.XMLDesc(flags))
+
+    def burdens(self, uuid: str) -> list[str]:
+        """Return what hangs on the domain outside its XML and keeps it here."""
+        with self._domain(uuid, "looking for snapshots") as domain:
+            counts = {
+                "snapshots known to libvirt": domain.snapshotNum(0),
+                "checkpoints": len(domain.listAllCheckpoints(0)),
+                "a managed save image": domain.hasManagedSaveImage(0),
+            }
+            found = [what for what, count in counts.items() if count]
+            if not domain.isPersistent():
+                found.append("no persistent configuration")
+            return found
+
+    def autostart(self, uuid: str) -> bool:
+        """Tell whether libvirt starts it with the host."""
+        with self._domain(uuid, "asking for autostart") as domain:
+            return bool(domain.autostart())
+
+    def define(self, xml: str, *, autostart: bool = False) -> None:
+        """Define the domain, or replace its configuration."""
+        with self.host.session("defining a domain") as session:
+            domain = session.conn.defineXML(xml)
+            if autostart:
+                domain.setAutostart(1)
+
+    def undefine(self, uuid: str) -> None:
+        """Remove the configuration, keep NVRAM; nothing happens when it is gone."""
+        with (
+            contextlib.suppress(errors.InstanceNotFound),
+            self._domain(uuid, "undefining it") as domain,
+        ):
+            domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+
+    def start(self, uuid: str, *, paused: bool = False) -> None:
+        """Start it; nothing happens when it runs."""
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        with self._domain(uuid, "starting it") as domain:
+            if not domain.isActive():
+                domain.createWithFlags(flags)
+
+    def kill(self, uuid: str) -> None:
+        """Turn it off at once; nothing happens when it is off or gone."""
+        with (
+            contextlib.suppress(errors.InstanceNotFound),
+            self._domain(uuid, "turning it off") as domain,
+        ):
+            try:
+                domain.destroy()
+            except libvirt.libvirtError as e:
+                if e.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                    raise
+
+    def stop(self, uuid: str, timeout: float, retry_interval: float) -> bool:
+        """Ask the guest to shut down, repeatedly, then turn it off.
+
+        Returns True when it went by itself. A paused guest cannot hear: it is
+        turned off.
+        """
+        deadline = time.monotonic() + timeout
+        asked = float("-inf")
+        while self.power(uuid) is Power.RUNNING and time.monotonic() < deadline:
+            if time.monotonic() - asked >= retry_interval:
+                asked = time.monotonic()
+                self._ask_to_shut_down(uuid)
+            time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+        clean = self.power(uuid) in (Power.OFF, Power.SAVED)
+        if not clean:
+            LOG.info("instance=%s turned off: no clean shutdown", uuid)
+            self.kill(uuid)
+        return clean
+
+    def pause(self, uuid: str) -> None:
+        """Stop its CPUs; nothing happens when it is paused."""
+        with self._domain(uuid, "pausing it") as domain:
+            if domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
+                domain.suspend()
+
+    def unpause(self, uuid: str) -> None:
+        """Let its CPUs go on."""
+        with self._domain(uuid, "resuming it") as domain:
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
+
+    def save(self, uuid: str) -> None:
+        """Write its memory to libvirt's managed save and turn it off."""
+        with self._domain(uuid, "saving it", timeout=3600) as domain:
+            if domain.isActive():
+                domain.managedSave(0)
+
+    def reset(self, uuid: str) -> None:
+        """Press the reset button."""
+        with self._domain(uuid, "resetting it") as domain:
+            domain.reset(0)
+
+    def resize_disk(self, uuid: str, target: str, size: int) -> None:
+        """Tell a started domain's disk its new size, by the format its XML names."""
+        with self._domain(uuid, f"growing {target}") as domain:
+            domain.blockResize(target, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+    def save_to(self, uuid: str, path: str) -> None:
+        """Write its memory to a file of the host and turn it off, to resume paused."""
+        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
+        with self._domain(uuid, f"saving it to {path}", timeout=3600) as domain:
+            domain.saveFlags(path, None, flags)
+
+    def restore_from(self, path: str) -> None:
+        """Start a domain from a file of its memory, paused."""
+        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
+        with self.host.session(f"restoring {path}", timeout=3600) as session:
+            session.conn.restoreFlags(path, None, flags)
+
+    def commit_layer(self, uuid: str, target: str) -> None:
+        """Merge the top layer of a running guest's disk into the one below it.
+
+        Can be called again while the job runs, and after it ended. Raises
+        HostTimeout when the job does not get ready; the layer is then kept.
+        """
+        with self._domain(uuid, f"merging the layer of {target}") as domain:
+            if not domain.blockJobInfo(target, 0) and _layers(domain, target) > 1:
+                flags = (
+                    libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+                    | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+                )
+                domain.blockCommit(target, None, None, 0, flags)
+        deadline = time.monotonic() + _COMMIT_TIMEOUT
+        while not self._pivoted(uuid, target):
+            if time.monotonic() > deadline:
+                raise errors.HostTimeout(
+                    host=self.host.name,
+                    seconds=_COMMIT_TIMEOUT,
+                    doing=f"merging the layer of {target}",
+                )
+            time.sleep(0.1)
+
+    # Private
+
+    def _pivoted(self, uuid: str, target: str) -> bool:
+        """End a commit job that is ready; True when the layer is merged."""
+        with self._domain(uuid, f"merging the layer of {target}") as domain:
+            job = domain.blockJobInfo(target, 0)
+            if not job:
+                return _layers(domain, target) == 1
+            if job["cur"] == job["end"] and job["end"] > 0:
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.blockJobAbort(
+                        target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+                    )
+            return False
+
+    @contextlib.contextmanager
+    def _domain(
+        self, uuid: str, doing: str, timeout: float | None = None
+    ) -> Iterator["libvirt.virDomain"]:
+        doing = f"instance {uuid}: {doing}"
+        with self.host.session(doing, timeout=timeout, instance=uuid) as session:
+            yield session.conn.lookupByUUIDString(uuid)
+
+    def _ask_to_shut_down(self, uuid: str) -> None:
+        with self._domain(uuid, "shutting it down") as domain:
+            try:
+                domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+            except libvirt.libvirtError as e:
+                # It went down between our look and our wish.
+                if e.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                    raise
+
+
+_COMMIT_TIMEOUT = 3600.0
+_PIVOT = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+
+
+def _layers(domain: "libvirt.virDomain", target: str) -> int:
+    """Return how many layers the running disk has, as the domain's XML names them."""
+    for disk in domainxml.disks(domain.XMLDesc(0)):
+        if disk.target == target:
+            return len(disk.chain)
+    return 0
+
+
+def _power(domain: "libvirt.virDomain", state: int) -> Power:
+    if state == libvirt.VIR_DOMAIN_SHUTOFF:
+        return Power.SAVED if domain.hasManagedSaveImage(0) else Power.OFF
+    return _POWER.get(state, Power.OFF)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compute service's objects, read by their attributes, into ours."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from virtmigrate import domainxml, errors
+from virtmigrate.migration import plan
+from virtmigrate.model import Role
+from virtmigrate.spawning import Wanted
+from virtmigrate.units import GiB, MiB
+
+
+def wanted(instance: Any, image_meta: Any, network_info: Any, *, owner: str) -> Wanted:
+    """Return the new instance that the caller describes.
+
+    Raises Unsupported for an image that is not raw: its header would have to be
+    believed.
+    """
+    fmt = _field(image_meta, "disk_format", "raw")
+    if fmt != "raw":
+        raise errors.Unsupported(
+            backend="default",
+            operation=f"make a disk of a {fmt} image",
+            reason="only raw images can be spawned from",
+        )
+    flavor, firmware = instance.flavor, _field(image_meta, "loader", None)
+    template = _field(image_meta, "nvram_template", None)
+    drive = getattr(instance, "config_drive_path", None)
+    ephemeral = int(flavor.ephemeral_gb) * GiB
+    return Wanted(
+        uuid=instance.uuid,
+        name=instance.name,
+        memory=int(flavor.memory_mb) * MiB,
+        vcpus=int(flavor.vcpus),
+        image=Path(str(_field(image_meta, "path", ""))),
+        root_size=int(flavor.root_gb) * GiB,
+        ephemeral_sizes=(ephemeral,) if ephemeral else (),
+        config_drive=Path(drive) if drive else None,
+        loader=firmware,
+        nvram_template=Path(template) if template else None,
+        interfaces=interfaces(network_info),
+        owner=owner,
+    )
+
+
+def request(
+    context: Any,
+    instance: Any,
+    dest: str,
+    flavor: Any,
+    timeout: float,
+    retry_interval: float,
+) -> plan.Request:
+    """Return the move that the caller wants; no flavor changes nothing."""
+    sizes: dict[Role, int] = {}
+    memory = vcpus = None
+    if flavor is not None:
+        memory, vcpus = int(flavor.memory_mb) * MiB, int(flavor.vcpus)
+        wanted_sizes = {
+            Role.ROOT: int(flavor.root_gb) * GiB,
+            Role.EPHEMERAL: int(flavor.ephemeral_gb) * GiB,
+        }
+        sizes = {role: size for role, size in wanted_sizes.items() if size}
+    return plan.Request(
+        instance=instance.uuid,
+        dest=dest,
+        request=str(getattr(context, "request_id", None) or "-"),
+        memory=memory,
+        vcpus=vcpus,
+        sizes=sizes,
+        timeout=timeout,
+        retry_interval=retry_interval or 1,
+    )
+
+
+def interfaces(network_info: Any) -> tuple[domainxml.Interface, ...]:
+    """Return the interfaces of Nova's network_info, or of one like it."""
+    found: Iterable[Mapping[str, Any]] = network_info or ()
+    return tuple(_interface(vif) for vif in found)
+
+
+# Private
+
+
+def _interface(vif: Mapping[str, Any]) -> domainxml.Interface:
+    network = vif.get("network") or {}
+    kind = vif.get("type", "bridge")
+    if kind not in ("bridge", "ovs"):
+        raise errors.Unsupported(
+            backend="network", operation=f"plug a {kind} port", reason="bridge or ovs"
+        )
+    ovs = kind == "ovs"
+    return domainxml.Interface(
+        mac=str(vif["address"]),
+        bridge=str(network.get("bridge") or "br-int"),
+        kind=domainxml.InterfaceKind(kind),
+        interface_id=(vif.get("ovs_interfaceid") or vif.get("id")) if ovs else None,
+        device=vif.get("devname"),
+    )
+
+
+def _field(source: Any, name: str, default: Any) -> Any:
+    if isinstance(source, Mapping):
+        return source.get(name, default)
+    return getattr(source, name, default)

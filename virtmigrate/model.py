@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What records say: volumes, instances, transfers and hosts.
+
+All sizes are bytes. Unknown fields are refused: a newer release that adds one
+raises the schema.
+"""
+
+import enum
+
+import msgspec
+
+from virtmigrate.formats import DiskFormat
+
+
+class VolumeState(enum.Enum):
+    INCOMPLETE = "incomplete"
+    """Being made; its content is nothing yet, and it counts as reserved room."""
+    USABLE = "usable"
+    """Its content is proven."""
+    FROZEN = "frozen"
+    """Proven, and below a layer: it never changes until that layer is gone."""
+    RETIRED = "retired"
+    """Of an instance that lives elsewhere now; never startable, reclaimable."""
+
+
+class Role(enum.Enum):
+    ROOT = "root"
+    EPHEMERAL = "ephemeral"
+    DATA = "data"
+    CONFIG = "config"
+    """A config drive: read-only for the guest, never grown."""
+    NVRAM = "nvram"
+    MEMORY = "memory"
+    LAYER = "layer"
+    """Below another volume in a backing chain."""
+
+
+class InstanceState(enum.Enum):
+    HERE = "here"
+    """This host has the right to run it."""
+    LEAVING = "leaving"
+    """A move has stopped it; the right is still here, and the domain is undefined."""
+    AWAY = "away"
+    """The right was given up; only the transfer's record says who has it."""
+    GONE = "gone"
+    """It came here by a move and was given back."""
+
+
+class TransferState(enum.Enum):
+    RESERVED = "reserved"
+    """The source sends. The peer may not run the instance."""
+    GIVEN = "given"
+    """The source gave the right up. The peer may take it, or the source withdraw."""
+    TAKEN = "taken"
+    """The peer has the right, and imports."""
+    SETTLED = "settled"
+    """The peer has the instance defined and its volumes durable."""
+    CONFIRMED = "confirmed"
+    """The source will not take it back."""
+    RETURNED = "returned"
+    """The peer gave the right back; it has no domain any more."""
+    WITHDRAWN = "withdrawn"
+    """The source took the right back before the peer took it, or the peer gave up
+    waiting for the source."""
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A frozen, strictly typed structure."""
+
+
+class Digest(Struct, frozen=True):
+    """Proof of a volume's content: see manifest.py."""
+
+    version: int
+    size: int
+    block_size: int
+    root: str
+
+
+class Volume(Struct, frozen=True):
+    """The record of one volume."""
+
+    name: str
+    pool: str
+    path: str
+    """As the host's QEMU opens it."""
+    format: DiskFormat
+    role: Role
+    size: int
+    """Virtual size: what the guest sees."""
+    state: VolumeState
+    owner: str
+    """UUID of the instance that it belongs to."""
+    operation: str
+    """The operation that made it."""
+    origin: str
+    """The host that made it."""
+    backing: str | None = None
+    """Name of the volume below, whose record stands in the same backend."""
+    digest: Digest | None = None
+    """Of its bytes when the operation that proved it ended."""
+    durable: bool = False
+    """Fsynced on its host after the last write of ours."""
+
+
+class DiskRef(Struct, frozen=True):
+    """A disk of an instance: the top of its chain."""
+
+    target: str
+    volume: str
+    backend: str
+    role: Role
+
+
+class Instance(Struct, frozen=True):
+    """The record of an instance on one host."""
+
+    uuid: str
+    name: str
+    owner: str
+    """The compute service that it belongs to."""
+    host: str
+    state: InstanceState
+    operation: str
+    """What changed this record last."""
+    memory: int
+    vcpus: int
+    disks: tuple[DiskRef, ...]
+    peer: str | None = None
+    """The other host, while the instance moves or is away."""
+    domain_xml: str | None = None
+    """The whole inactive XML while no domain is defined."""
+    power: str = "off"
+    """What it was when a move stopped it: running, paused or off."""
+    autostart: bool = False
+
+
+class TransferVolume(Struct, frozen=True):
+    """One volume on its way."""
+
+    name: str
+    """At the peer; it holds the operation's id."""
+    source: str
+    target: str
+    """The disk that it is the top of, or a layer of."""
+    role: Role
+    format: DiskFormat
+    size: int
+    """Virtual size after the move."""
+    length: int
+    """Bytes of the file or device that are sent."""
+    room: int
+    """Bytes that are reserved for it."""
+    backing: str | None = None
+    shared: bool = False
+    """Both hosts see it: nothing is sent, and neither deletes it for the other."""
+    grow: bool = False
+    """The guest's view of it grows to `size`, once the domain is started."""
+    digest: Digest | None = None
+    """Set with the hand-over."""
+
+
+class Transfer(Struct, frozen=True):
+    """The record of one move, in the peer's mailbox: what both hosts agree on."""
+
+    operation: str
+    request: str
+    """The caller's request id, for the logs."""
+    instance: str
+    source: str
+    peer: str
+    state: TransferState
+    generation: int
+    """Of the instance's record when the source gave it up."""
+    backend: str
+    """The peer's backend that the volumes come to."""
+    volumes: tuple[TransferVolume, ...]
+    created: float
+    """Seconds since the epoch, on the source."""
+    record: Instance | None = None
+    """The instance as it is to be at the peer; set with the hand-over."""
+
+
+class BackendCard(Struct, frozen=True):
+    name: str
+    kind: str
+    disks: str
+    incoming: str
+    """Names of its pools."""
+
+
+class HostCard(Struct, frozen=True):
+    """What a host says of itself to those that send to it."""
+
+    host: str
+    uuid: str
+    release: str
+    records: tuple[int, ...]
+    manifests: tuple[int, ...]
+    tickets: tuple[int, ...]
+    """Versions that it reads."""
+    backends: tuple[BackendCard, ...]

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that belongs to one host, put together from its configuration."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from oslo_config import cfg
+
+from virtmigrate import (
+    __version__,
+    backends,
+    errors,
+    instance,
+    locks,
+    manifest,
+    model,
+    record,
+    storagepool,
+    xml,
+)
+from virtmigrate import conf as options
+from virtmigrate.backends import base
+from virtmigrate.host import Host, Timeouts
+from virtmigrate.units import MiB
+
+TICKETS = (1,)
+"""Versions of the migration string that this release reads."""
+
+MAILBOX = "virtmigrate-mailbox"
+CARD = "host"
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Where hosts write what both need to know: cards and transfers."""
+
+    pool: storagepool.Pool
+    cards: record.Store[model.HostCard]
+    transfers: record.Store[model.Transfer]
+
+
+def mailbox(host: Host, grace: float, **pool_options: object) -> Mailbox:
+    """Return the mailbox of a host, ours or a peer's."""
+    pool = storagepool.Pool(host, MAILBOX, **pool_options)  # type: ignore[arg-type]
+    return Mailbox(
+        pool=pool,
+        cards=record.Store(pool, model.HostCard, grace=grace),
+        transfers=record.Store(pool, model.Transfer, grace=grace),
+    )
+
+
+class Node:
+    """This host: its libvirt, backends, records, locks and journals.
+
+    Safe to share between threads. Closing it closes the connections.
+    """
+
+    def __init__(self, conf: cfg.ConfigOpts) -> None:
+        self.conf = conf
+        self.options = conf[options.GROUP]
+        self.name: str = self.options.address or socket.gethostname()
+        self.host = Host(self.options.uri, name=self.name, timeouts=timeouts(conf))
+        self.backends = backends.load(conf, self.host)
+        self.files = self._file_backend()
+        self.domains = instance.Domains(self.host)
+        self.mailbox = mailbox(
+            self.host,
+            self.options.record_grace,
+            ownership=self.files.settings.ownership,
+            busy_timeout=self.options.busy_timeout,
+        )
+        self._instances_pool = self.files.pool("virtmigrate-instances")
+        self.instances = record.Store(
+            self._instances_pool, model.Instance, grace=self.options.record_grace
+        )
+        state = Path(self.options.state_path)
+        self.journals = state / "journal"
+        self.locks = locks.HostLocks(
+            state / "locks", self.name, self.options.lock_timeout
+        )
+
+    def close(self) -> None:
+        self.host.close()
+
+    def ensure(self) -> None:
+        """Make pools and publish this host's card; nothing happens the second time."""
+        for backend in self.backends.values():
+            backend.ensure()
+        path = self.files.settings.path
+        self._instances_pool.ensure_directory(f"{path}/instances")
+        self.mailbox.pool.ensure_directory(f"{path}/mailbox")
+        self._publish_card()
+
+    @property
+    def stream_bound(self) -> int:
+        """Bytes in one stream."""
+        return int(self.options.stream_length) * MiB
+
+    @contextlib.contextmanager
+    def claimed(self, uuid: str) -> Iterator[None]:
+        """Hold an instance against other operations of this host."""
+        with self.locks.instance(uuid):
+            yield
+
+    def publish_instance(self, body: model.Instance) -> int:
+        """Publish the next generation of an instance's record and return it."""
+        after = self.instances.find_valid_generation(body.uuid)
+        stored = self.instances.publish(body.uuid, body, after=after)
+        self.instances.prune(body.uuid)
+        return stored.generation
+
+    def entitled(self, uuid: str) -> model.Instance:
+        """Return the record of an instance that this host may run.
+
+        Raises NotEntitled, RecordMissing.
+        """
+        found = self.instances.read(uuid).body
+        if found.host != self.name or found.state is not model.InstanceState.HERE:
+            raise errors.NotEntitled(
+                host=self.name,
+                instance=uuid,
+                reason=f"its record says {found.state.value} on {found.host}, "
+                f"peer {found.peer}, operation {found.operation}",
+            )
+        return found
+
+    def remove_instance(self, uuid: str) -> None:
+        """Remove an instance's volumes and its record; can be called again.
+
+        Only volumes whose records name it as their owner go.
+        """
+        stored = self.instances.find(uuid)
+        if stored is not None and stored.body.host != self.name:
+            return
+        for backend in self.backends.values():
+            for name in backend.volumes.names():
+                found = backend.volumes.find(name)
+                if found is not None and found.body.owner == uuid:
+                    backend.remove(name)
+        self.instances.remove(uuid)
+
+    def backend(self, name: str) -> base.Backend:
+        """Return a backend by the name that a record gives it."""
+        if name not in self.backends:
+            raise errors.ConfigurationError(
+                reason=f"host {self.name} has no backend {name}, and a record names it"
+            )
+        return self.backends[name]
+
+    # Private
+
+    def _file_backend(self) -> base.Backend:
+        name = self.options.file_backend or next(iter(self.backends))
+        chosen = self.backend(name)
+        if not chosen.capabilities.files:
+            raise errors.ConfigurationError(
+                reason=f"file_backend = {name}: kind {chosen.kind} holds no files"
+            )
+        return chosen
+
+    def _publish_card(self) -> None:
+        with self.host.session("asking for its UUID") as session:
+            uuid = _host_uuid(session.conn.getCapabilities())
+        card = model.HostCard(
+            host=self.name,
+            uuid=uuid,
+            release=__version__,
+            records=record.READS,
+            manifests=manifest.READS,
+            tickets=TICKETS,
+            backends=tuple(_card(backend) for backend in self.backends.values()),
+        )
+        stored = self.mailbox.cards.find(CARD)
+        if stored is None or stored.body != card:
+            after = stored.generation if stored else 0
+            self.mailbox.cards.publish(CARD, card, after=after)
+            self.mailbox.cards.prune(CARD)
+
+
+def timeouts(conf: cfg.ConfigOpts) -> Timeouts:
+    """Return the waits for a host's answers."""
+    group = conf[options.GROUP]
+    return Timeouts(connect=group.connect_timeout, call=group.call_timeout)
+
+
+def _host_uuid(capabilities: str) -> str:
+    return xml.parse(capabilities).findtext("host/uuid") or ""
+
+
+def _card(backend: base.Backend) -> model.BackendCard:
+    return model.BackendCard(
+        name=backend.name,
+        kind=backend.kind,
+        disks=backend.disks.name,
+        incoming=backend.incoming.name,
+    )

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A new instance: its volumes from files, its record, its domain."""
+
+import logging
+import uuid as uuids
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from virtmigrate import domainxml, errors, model, node, stream
+from virtmigrate.backends import base
+from virtmigrate.formats import DiskFormat
+from virtmigrate.migration.plan import NVRAM
+from virtmigrate.model import InstanceState, Role, VolumeState
+from virtmigrate.progress import Progress
+from virtmigrate.rollback import Rollback
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A new instance as the caller wants it. Sizes are bytes."""
+
+    uuid: str
+    name: str
+    memory: int
+    vcpus: int
+    image: Path
+    """A raw image; it is never looked into."""
+    root_size: int = 0
+    """0: the image's size."""
+    ephemeral_sizes: tuple[int, ...] = ()
+    config_drive: Path | None = None
+    """An image of a CD, read-only for the guest."""
+    loader: str | None = None
+    """UEFI firmware on the host; with it, nvram_template."""
+    nvram_template: Path | None = None
+    interfaces: tuple[domainxml.Interface, ...] = ()
+    owner: str = "virtmigrate"
+
+
+class Spawner:
+    """Makes instances on this host. Safe to share between threads."""
+
+    def __init__(self, here: node.Node) -> None:
+        self._here = here
+
+    def spawn(self, wanted: Wanted, *, power_on: bool = True) -> None:
+        """Make the instance and start it.
+
+        Raises InstanceExists. On failure nothing of it stays.
+        """
+        with self._here.claimed(wanted.uuid):
+            if self._here.domains.exists(wanted.uuid):
+                raise errors.InstanceExists(
+                    instance=wanted.uuid, host=self._here.name, reason="it has a domain"
+                )
+            with Rollback() as undo:
+                self._build(wanted, undo)
+                if power_on:
+                    self._here.domains.start(wanted.uuid)
+                undo.commit()
+            LOG.info("instance=%s made on %s", wanted.uuid, self._here.name)
+
+    def _build(self, wanted: Wanted, undo: Rollback) -> None:
+        operation = uuids.uuid4().hex[:16]
+        disks = _Volumes(self._here, wanted, operation, undo).make()
+        record = model.Instance(
+            uuid=wanted.uuid,
+            name=wanted.name,
+            owner=wanted.owner,
+            host=self._here.name,
+            state=InstanceState.HERE,
+            operation=operation,
+            memory=wanted.memory,
+            vcpus=wanted.vcpus,
+            disks=disks,
+        )
+        undo.add("remove the instance's record", lambda: self._forget(wanted.uuid))
+        self._here.publish_instance(record)
+        undo.add("undefine the domain", lambda: self._undefine(wanted.uuid))
+        self._here.domains.define(domainxml.build(self._domain(wanted, record)))
+
+    def _forget(self, uuid: str) -> None:
+        self._here.instances.remove(uuid)
+
+    def _undefine(self, uuid: str) -> None:
+        self._here.domains.kill(uuid)
+        self._here.domains.undefine(uuid)
+
+    def _domain(self, wanted: Wanted, record: model.Instance) -> domainxml.Domain:
+        options = self._here.options
+        return domainxml.Domain(
+            uuid=wanted.uuid,
+            name=wanted.name,
+            memory=wanted.memory,
+            vcpus=wanted.vcpus,
+            virt_type=options.virt_type,
+            machine=options.machine_type,
+            disks=tuple(self._disk(ref) for ref in record.disks if ref.target != NVRAM),
+            interfaces=wanted.interfaces,
+            firmware=self._firmware(wanted, record),
+            console_log=f"{options.console_path}/virtmigrate-{wanted.uuid}.log",
+            metadata={"owner": wanted.owner, "operation": record.operation},
+        )
+
+    def _disk(self, ref: model.DiskRef) -> domainxml.Disk:
+        chain = self._here.backend(ref.backend).layers(ref.volume)
+        if ref.role is Role.CONFIG:
+            return domainxml.Disk(
+                target=ref.target,
+                chain=chain,
+                bus="sata",
+                device=domainxml.DiskDevice.CDROM,
+                readonly=True,
+            )
+        order = 1 if ref.role is Role.ROOT else None
+        return domainxml.Disk(target=ref.target, chain=chain, boot_order=order)
+
+    def _firmware(
+        self, wanted: Wanted, record: model.Instance
+    ) -> domainxml.Firmware | None:
+        if wanted.loader is None:
+            return None
+        for ref in record.disks:
+            if ref.target == NVRAM:
+                layers = self._here.backend(ref.backend).layers(ref.volume)
+                return domainxml.Firmware(loader=wanted.loader, nvram=layers[0].source)
+        return domainxml.Firmware(loader=wanted.loader, nvram=None)
+
+
+class _Volumes:
+    """The volumes of one new instance."""
+
+    def __init__(
+        self, here: node.Node, wanted: Wanted, operation: str, undo: Rollback
+    ) -> None:
+        self._here = here
+        self._wanted = wanted
+        self._operation = operation
+        self._undo = undo
+        self._backend: base.Backend = here.files
+
+    def make(self) -> tuple[model.DiskRef, ...]:
+        wanted = self._wanted
+        refs = [self._filled("vda", Role.ROOT, wanted.image, wanted.root_size)]
+        for number, size in enumerate(wanted.ephemeral_sizes):
+            refs.append(self._empty(f"vd{chr(ord('b') + number)}", size))
+        if wanted.config_drive:
+            refs.append(self._filled("sda", Role.CONFIG, wanted.config_drive))
+        if wanted.nvram_template:
+            refs.append(self._filled(NVRAM, Role.NVRAM, wanted.nvram_template))
+        return tuple(refs)
+
+    # Private
+
+    def _empty(self, target: str, size: int) -> model.DiskRef:
+        volume = self._allocate(target, Role.EPHEMERAL, size)
+        return self._publish(target, volume)
+
+    def _filled(
+        self, target: str, role: Role, source: Path, size: int = 0
+    ) -> model.DiskRef:
+        """Make a volume from a file of this machine, read back and proven."""
+        length = source.stat().st_size
+        if size and size < length:
+            raise errors.InvalidState(
+                instance=self._wanted.uuid,
+                host=self._here.name,
+                state="not made",
+                reason=f"{source} has {length} bytes, and {target} only {size}",
+            )
+        volume = self._allocate(target, role, size or length)
+        self._upload(volume, source, length)
+        return self._publish(target, volume)
+
+    def _allocate(self, target: str, role: Role, size: int) -> model.Volume:
+        pool, name = self._backend.incoming, f"{target}.{self._operation}"
+        volume = model.Volume(
+            name=name,
+            pool=pool.name,
+            path=pool.volume_path(name),
+            format=DiskFormat.RAW,
+            role=role,
+            size=size,
+            state=VolumeState.INCOMPLETE,
+            owner=self._wanted.uuid,
+            operation=self._operation,
+            origin=self._here.name,
+        )
+        self._undo.add(f"remove {name}", lambda: self._backend.remove(name))
+        return self._backend.allocate(volume)
+
+    def _upload(self, volume: model.Volume, source: Path, length: int) -> None:
+        pool, bound, progress = (
+            self._backend.incoming,
+            self._here.stream_bound,
+            Progress(),
+        )
+        writer = stream.VolumeWriter(pool, volume.name, volume.size, bound)
+        reader = stream.FileReader(source, length)
+        sent = stream.copy(reader, writer, volume.size, progress)
+        back = stream.VolumeReader(pool, volume.name, volume.size, bound)
+        found = stream.survey(back, volume.size, progress)
+        if sent.root() != found.root():
+            raise errors.VerificationFailed(
+                volume=volume.name,
+                host=self._here.name,
+                found=found.root(),
+                expected=sent.root(),
+            )
+
+    def _publish(self, target: str, volume: model.Volume) -> model.DiskRef:
+        pool, path = self._backend.accept(volume.name)
+        durable = self._backend.persist(pool, volume.name)
+        self._backend.update(
+            msgspec.structs.replace(
+                volume, pool=pool, path=path, state=VolumeState.USABLE, durable=durable
+            )
+        )
+        return model.DiskRef(
+            target=target,
+            volume=volume.name,
+            backend=self._backend.name,
+            role=volume.role,
+        )
