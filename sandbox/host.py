@@ -270,7 +270,7 @@ class Host:
     def _write_files(self) -> None:
         shutil.rmtree(self.directory / "run", ignore_errors=True)
         names = ("etc/libvirt", "etc/sasl2", "run/lock", "run/libvirt")
-        for name in (*names, "lib", "cache", "log", "storage"):
+        for name in (*names, "lib", "cache", "log/qemu", "storage"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "no-kvm").touch()
         etc = self.directory / "etc"

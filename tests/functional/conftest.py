@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real libvirt hosts, and a fresh world on them for each test."""
+
+import contextlib
+import hashlib
+import shutil
+import types
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+from oslo_config import cfg
+
+from sandbox import Host, Sandbox
+from virtmigrate import conf as options
+from virtmigrate import domainxml
+from virtmigrate.driver import VirtMigrateDriver
+from virtmigrate.progress import Progress
+from virtmigrate.units import MiB
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="run the long counts, too, and all kills"
+    )
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[Sandbox]:
+    yield Sandbox.attach()
+
+
+@pytest.fixture(scope="session")
+def pair(box: Sandbox) -> Iterator[tuple[Host, Host]]:
+    """Two hosts; libvirtd of the first also listens on plain TCP."""
+    alpha, beta = box.add_host("alpha"), box.add_host("beta", tcp=True)
+    yield alpha, beta
+    box.remove_host("alpha")
+    box.remove_host("beta")
+
+
+@pytest.fixture
+def world(pair: tuple[Host, Host], box: Sandbox, tmp_path: Path) -> Iterator["World"]:
+    created = World(pair, box, tmp_path)
+    try:
+        yield created
+    finally:
+        created.close()
+
+
+class Node:
+    """One host with a driver of its own."""
+
+    def __init__(self, host: Host, state: Path, **overrides: object) -> None:
+        self.host = host
+        self.state = state
+        self.overrides = overrides
+        self.path = host.storage / "vm"
+        self.progress: Progress = Progress()
+        self.driver = self.new_driver()
+
+    def new_driver(self) -> VirtMigrateDriver:
+        """A driver as a restarted process would have it."""
+        driver = VirtMigrateDriver(
+            object(), conf=self.conf(), progress=lambda: self.progress
+        )
+        driver.init_host(self.host.name)
+        self.driver = driver
+        return driver
+
+    def conf(self) -> cfg.ConfigOpts:
+        conf = cfg.ConfigOpts()
+        conf(args=[], default_config_files=[])
+        options.register(conf)
+        values: dict[str, object] = {
+            "uri": self.host.local_uri,
+            "address": self.host.name,
+            "virt_type": "qemu",
+            "state_path": str(self.state),
+            "peer_uri": self.peer_uri(),
+            "call_timeout": 15.0,
+            "connect_timeout": 5.0,
+            "record_grace": 2.0,
+            **self.overrides,
+        }
+        for name, value in values.items():
+            conf.set_override(name, value, options.GROUP)
+        conf.set_override("path", str(self.path), "default")
+        return conf
+
+    def peer_uri(self) -> str:
+        return self.host.uri.replace(self.host.name, "{dest}", 1)
+
+    @contextlib.contextmanager
+    def libvirt(self) -> Iterator["libvirt.virConnect"]:
+        conn = libvirt.open(self.host.local_uri)
+        try:
+            yield conn
+        finally:
+            conn.close()
+
+    def files(self) -> list[str]:
+        """All files of the host's storage but the card and instance records."""
+        return sorted(
+            str(path.relative_to(self.path))
+            for path in self.path.rglob("*")
+            if path.is_file() and path.name.partition(".rec.")[0] != "host"
+        )
+
+    def state_of(self, instance: Any) -> str | None:
+        """running, paused or shutoff; None without a domain. Asked of libvirt."""
+        names = {1: "running", 3: "paused", 5: "shutoff"}
+        with self.libvirt() as conn:
+            try:
+                domain = conn.lookupByUUIDString(instance.uuid)
+            except libvirt.libvirtError:
+                return None
+            return names.get(domain.state()[0], "?")
+
+    def disk(self, instance: Any, target: str = "vda") -> Path:
+        """The file that libvirt says the disk is."""
+        with self.libvirt() as conn:
+            xml = conn.lookupByUUIDString(instance.uuid).XMLDesc(2)
+        for disk in domainxml.disks(xml):
+            if disk.target == target:
+                return Path(disk.chain[0].source)
+        raise KeyError(target)
+
+    def clear(self) -> None:
+        """Remove all domains and pools, and the files."""
+        with contextlib.suppress(Exception):
+            self.driver.cleanup_host(self.host.name)
+        with self.libvirt() as conn:
+            for domain in conn.listAllDomains(0):
+                if domain.isActive():
+                    domain.destroy()
+                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+            for pool in conn.listAllStoragePools(0):
+                if pool.isActive():
+                    pool.destroy()
+                pool.undefine()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class World:
+    """Two hosts, `a` and `b`, with fresh drivers."""
+
+    def __init__(self, pair: tuple[Host, Host], box: Sandbox, tmp: Path) -> None:
+        self.box = box
+        self.tmp = tmp
+        self.a = Node(pair[0], tmp / "a")
+        self.b = Node(pair[1], tmp / "b")
+
+    def image(self, size: int = 8 * MiB, seed: int = 1) -> Path:
+        """A raw image with data at both ends and a hole between."""
+        path = self.tmp / f"image-{size}-{seed}"
+        block = hashlib.shake_128(str(seed).encode()).digest(MiB + 4096)
+        with path.open("wb") as file:
+            file.truncate(size)
+            file.write(block)
+            file.seek(size - 4096)
+            file.write(block[:4096])
+        return path
+
+    def instance(self, **flavor: int) -> Any:
+        return types.SimpleNamespace(
+            uuid=str(uuid.uuid4()),
+            name=f"guest-{uuid.uuid4().hex[:6]}",
+            flavor=self.flavor(**flavor),
+        )
+
+    def flavor(self, **values: int) -> Any:
+        defaults = {"memory_mb": 64, "vcpus": 1, "root_gb": 0, "ephemeral_gb": 0}
+        return types.SimpleNamespace(**{**defaults, **values})
+
+    def spawn(self, node: Node, image: Path | None = None, **flavor: int) -> Any:
+        instance = self.instance(**flavor)
+        meta = {"path": str(image or self.image()), "disk_format": "raw"}
+        node.driver.spawn(None, instance, meta)
+        return instance
+
+    def migrate(self, instance: Any, **flavor: int) -> str:
+        """Move from a to b, up to the hand-over, and return the ticket."""
+        wanted = self.flavor(**flavor) if flavor else None
+        return self.a.driver.migrate_disk_and_power_off(
+            None, instance, self.b.host.name, wanted, None
+        )
+
+    def finish(self, instance: Any, ticket: str, **changes: object) -> None:
+        self.b.driver.finish_migration(
+            None, None, instance, ticket, None, None, **changes
+        )
+
+    def close(self) -> None:
+        for node in (self.a, self.b):
+            node.clear()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file: not the digest that the package uses."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
