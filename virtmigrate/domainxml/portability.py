@@ -165,12 +165,10 @@ def _os(root: Element) -> Iterator[str]:
 def _nvram(root: Element) -> Iterator[str]:
     if xml.attribute_at(root, "os", "firmware") and root.find("os/loader") is None:
         yield "firmware: the XML leaves its files to libvirt's choice at start"
-    nvram = root.find("os/nvram")
-    if nvram is None:
-        return
-    if nvram.get("type", "file") != "file":
-        yield f"NVRAM of type {nvram.get('type')}: only a file is carried"
-    for element in (nvram, *root.findall("os/loader")):
+    for nvram in root.findall("os/nvram"):
+        if nvram.get("type", "file") != "file":
+            yield f"NVRAM of type {nvram.get('type')}: only a file is carried"
+    for element in (*root.findall("os/nvram"), *root.findall("os/loader")):
         fmt = element.get("format", "raw")
         if fmt != "raw":
             yield f"{xml.tag_of(element)} in format {fmt}: only raw is carried"
