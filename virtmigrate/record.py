@@ -14,6 +14,7 @@ leaves the older one. The same step is a compare-and-swap between hosts:
   so it publishes once more, with the next number, and that decides.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,9 +52,7 @@ def encode(body: msgspec.Struct, name: str, generation: int) -> bytes:
     """Return the bytes of a record, padded to whole blocks, with its own digest."""
     payload = msgspec.json.encode(body)
     header = f" {SCHEMA} {generation} {len(payload)} {name}\n".encode()
-    text = _MAGIC + header + payload
-    data = text + b"\n" + blake3.blake3(text).hexdigest().encode() + b"\n"
-    return data.ljust(round_up(len(data), _BLOCK), b"\0")
+    return _sealed(_MAGIC + header + payload)
 
 
 def decode(data: bytes, kind: type[T], name: str, generation: int) -> T:
@@ -63,16 +62,16 @@ def decode(data: bytes, kind: type[T], name: str, generation: int) -> T:
     newer release wrote them.
     """
     head, newline, rest = data.partition(b"\n")
-    fields = head.split(b" ")
+    fields = head.split(b" ", 4)
     if not newline or len(fields) != 5 or fields[0] != _MAGIC:
         raise ValueError("it does not begin like a record")
     schema, number, length = (_number(field) for field in fields[1:4])
-    if schema not in READS:
+    if schema > max(READS):
         raise TooNew(schema)
-    text = head + newline + rest[:length]
-    digest = rest[length + 1 : length + 65]
-    if blake3.blake3(text).hexdigest().encode() != digest:
+    if data != _sealed(head + newline + rest[:length]):
         raise ValueError("its digest does not match")
+    if schema not in READS:
+        raise ValueError(f"schema {schema} is not read any more")
     if number != generation or fields[4] != name.encode():
         raise ValueError("it was written under another name")
     return msgspec.json.decode(rest[:length], type=kind)
@@ -108,14 +107,17 @@ class Store(Generic[T]):
         RecordTooNew when a newer release wrote the newest.
         """
         generations = self._generations(name)
-        for generation in reversed(generations):
-            body = self._load(name, generation)
-            if body is not None:
-                return Stored(name, generation, body)
-        if generations:
-            raise errors.RecordBroken(
-                **self._where(name), reason=f"generations {generations}, none valid"
-            )
+        while generations:
+            for generation in reversed(generations):
+                body = self._load(name, generation)
+                if body is not None:
+                    return Stored(name, generation, body)
+            listed, generations = generations, self._generations(name)
+            # What was removed or pruned since it was listed is not broken.
+            if generations == listed:
+                raise errors.RecordBroken(
+                    **self._where(name), reason=f"generations {listed}, none valid"
+                )
         return None
 
     def read(self, name: str) -> Stored[T]:
@@ -191,15 +193,22 @@ class Store(Generic[T]):
             return None
 
     def _next(self, name: str, after: int) -> int:
-        """Return the number to publish; wait for what is in the making."""
-        deadline = time.monotonic() + self._grace
+        """Return the number to publish; wait for what is in the making.
+
+        Each generation has `grace` seconds of its own from when it was first
+        seen, and the look that finds it unfinished begins after them: a maker
+        that needed less than half of them is never passed over.
+        """
+        waited_for, deadline = after, 0.0
         while True:
-            newest = self.find_valid_generation(name)
-            top = max(self._generations(name), default=0)
-            if newest != after:
+            expired = time.monotonic() >= deadline
+            if self.find_valid_generation(name) != after:
                 raise self._conflict(name, after)
-            if top <= after or time.monotonic() >= deadline:
+            top = max(self._generations(name), default=0)
+            if top <= after or (top == waited_for and expired):
                 return max(top, after) + 1
+            if top != waited_for:
+                waited_for, deadline = top, time.monotonic() + self._grace
             time.sleep(min(0.2, self._grace / 10))
 
     def find_valid_generation(self, name: str) -> int:
@@ -217,11 +226,10 @@ class Store(Generic[T]):
         try:
             self.pool.create_raw(volume, len(data))
             self.pool.write(volume, data)
-        except errors.VolumeExists:
+            return self.pool.read(volume, limit=MAX_SIZE) == data
+        except (errors.VolumeExists, errors.VolumeNotFound):
+            # Somebody else made it, or passed over ours and pruned it.
             return False
-        except errors.VolumeNotFound:
-            return False
-        return self.pool.read(volume, limit=MAX_SIZE) == data
 
 
 def _volume(name: str, generation: int) -> str:
@@ -231,8 +239,13 @@ def _volume(name: str, generation: int) -> str:
 def _parse_all(names: list[str]) -> Iterator[tuple[str, int]]:
     for volume in names:
         name, dot, number = volume.rpartition(".rec.")
-        if dot and number.isdecimal():
+        if dot and re.fullmatch("[1-9][0-9]*", number):
             yield name, int(number)
+
+
+def _sealed(text: bytes) -> bytes:
+    data = text + b"\n" + blake3.blake3(text).hexdigest().encode() + b"\n"
+    return data.ljust(round_up(len(data), _BLOCK), b"\0")
 
 
 def _number(field: bytes) -> int:
