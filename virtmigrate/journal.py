@@ -9,9 +9,10 @@ when the operation is over and owes nothing.
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blake3
 
@@ -30,6 +31,7 @@ class Journal:
     def __init__(self, path: Path, steps: list[dict[str, Any]]) -> None:
         self.path = path
         self._steps = steps
+        self._length = sum(len(_line(step)) for step in steps)
 
     @classmethod
     def create(cls, directory: Path, operation: str, **facts: object) -> "Journal":
@@ -45,18 +47,19 @@ class Journal:
     def load(cls, path: Path) -> "Journal | None":
         """Read a journal; None when not even its first step was done.
 
+        The file stays as it is; the next step overwrites a torn last line.
+
         Raises JournalBroken when a line before the last is damaged, or a newer
         release wrote it.
         """
-        lines = path.read_bytes().split(b"\n")
-        steps = list(_steps(path, lines))
+        with path.open("rb") as file:
+            steps = list(_steps(path, file.readlines()))
         if not steps:
             return None
         if steps[0].get("schema") != SCHEMA:
             raise errors.JournalBroken(
                 path=path, reason=f"schema {steps[0].get('schema')} is not known"
             )
-        _cut(path, steps)
         return cls(path, steps)
 
     @property
@@ -64,13 +67,21 @@ class Journal:
         return str(self._steps[0]["operation"])
 
     def done(self, step: str, **facts: object) -> None:
-        """Record a step as done; it is on disk when this returns."""
-        entry = {"step": step, **facts}
-        with self.path.open("ab") as file:
-            file.write(_line(entry))
+        """Record a step as done; it is on disk when this returns.
+
+        On failure the step is not done; a part of its line may stay, and the next
+        one overwrites it. Raises JournalBroken when another process wrote to it.
+        """
+        line = _line({"step": step, **facts})
+        with self.path.open("r+b") as file:
+            self._expect_ours(file)
+            file.truncate(self._length)
+            file.seek(self._length)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._steps.append(json.loads(json.dumps(entry)))
+        self._length += len(line)
+        self._steps.append(json.loads(_text(line)))
 
     def facts(self, step: str) -> dict[str, Any] | None:
         """Return what was recorded with the newest step of this name, or None."""
@@ -95,6 +106,17 @@ class Journal:
             self.path.unlink()
         _fsync_directory(self.path.parent)
 
+    # Private
+
+    def _expect_ours(self, file: BinaryIO) -> None:
+        """Nothing may follow what we know of but a torn line of ours."""
+        file.seek(self._length)
+        more = any(_text(line) for line in file)
+        if more or os.fstat(file.fileno()).st_size < self._length:
+            raise errors.JournalBroken(
+                path=self.path, reason="another process changed it"
+            )
+
 
 def load_all(directory: Path) -> list[Journal]:
     """Return the journals of all operations that are not over, oldest first.
@@ -102,42 +124,53 @@ def load_all(directory: Path) -> list[Journal]:
     A journal without a first step is of an operation that did nothing: it goes.
     """
     found = []
-    paths = sorted(directory.glob("*.journal"), key=lambda p: p.stat().st_mtime)
-    for path in paths:
-        journal = Journal.load(path)
-        if journal is None:
-            path.unlink()
-        else:
-            found.append(journal)
+    for changed, path in _by_age(directory):
+        with contextlib.suppress(FileNotFoundError):
+            journal = Journal.load(path)
+            if journal is not None:
+                found.append(journal)
+            elif time.time() - changed > _BEGINNING:
+                path.unlink()
     return found
 
 
 # Private
 
+_BEGINNING = 60.0
+"""Seconds that another process has from making a journal to its first step."""
+
+
+def _by_age(directory: Path) -> list[tuple[float, Path]]:
+    found = []
+    for path in directory.glob("*.journal"):
+        # Another process may end its operation meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime, path))
+    return sorted(found)
+
 
 def _line(entry: dict[str, object]) -> bytes:
     text = json.dumps(entry, sort_keys=True).encode()
-    return text + b" " + blake3.blake3(text).hexdigest()[:16].encode() + b"\n"
+    return text + b" " + _digest(text) + b"\n"
+
+
+def _text(line: bytes) -> bytes:
+    """Return what a line says; nothing when it is torn or damaged."""
+    text, _, digest = line.removesuffix(b"\n").rpartition(b" ")
+    return text if line.endswith(b"\n") and digest == _digest(text) else b""
+
+
+def _digest(text: bytes) -> bytes:
+    return blake3.blake3(text).hexdigest()[:16].encode()
 
 
 def _steps(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines):
-        text, _, digest = line.rpartition(b" ")
-        if text and blake3.blake3(text).hexdigest()[:16].encode() == digest:
+    for number, line in enumerate(lines, start=1):
+        text = _text(line)
+        if text:
             yield json.loads(text)
-        elif any(lines[number + 1 :]):
-            raise errors.JournalBroken(
-                path=path, reason=f"line {number + 1} is damaged"
-            )
-
-
-def _cut(path: Path, steps: list[dict[str, Any]]) -> None:
-    """Cut a torn last line off, so that the next step begins a line."""
-    size = sum(len(_line(step)) for step in steps)
-    if path.stat().st_size != size:
-        with path.open("r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
+        elif number < len(lines):
+            raise errors.JournalBroken(path=path, reason=f"line {number} is damaged")
 
 
 def _fsync_directory(directory: Path) -> None:
