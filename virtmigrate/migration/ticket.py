@@ -59,7 +59,7 @@ def read(text: str, instance: str) -> Ticket:
         raise errors.TicketDamaged(reason="its digest does not match")
     try:
         ticket = msgspec.json.decode(parts[3], type=Ticket)
-    except msgspec.ValidationError as e:
+    except msgspec.DecodeError as e:
         raise errors.TicketDamaged(reason=str(e)) from e
     if ticket.instance != instance:
         raise errors.TicketDamaged(reason=f"it is of instance {ticket.instance}")
@@ -67,4 +67,4 @@ def read(text: str, instance: str) -> Ticket:
 
 
 def _digest(text: str) -> str:
-    return blake3.blake3(text.encode()).hexdigest()[:32]
+    return blake3.blake3(text.encode(errors="surrogatepass")).hexdigest()[:32]
