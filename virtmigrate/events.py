@@ -73,16 +73,15 @@ class Poller:
         stop: threading.Event,
     ) -> None:
         before: dict[str, str] | None = None
-        while not stop.wait(interval if before is not None else 0):
+        while not stop.is_set():
             try:
                 now = self._look()
             except errors.Error as e:
                 LOG.warning("looking for events: %s", e)
-                before = before or {}
-                continue
-            for event in changes(before if before is not None else now, now):
-                callback(event)
-            before = now
+            else:
+                _tell(callback, changes(now if before is None else before, now))
+                before = now
+            stop.wait(interval)
 
     def _look(self) -> dict[str, str]:
         with self._here().host.session("looking for events") as session:
@@ -106,6 +105,15 @@ _KINDS = {
     ("on", "paused"): Kind.PAUSED,
     ("paused", "on"): Kind.RESUMED,
 }
+
+
+def _tell(callback: Callable[[Event], object], events: list[Event]) -> None:
+    for event in events:
+        try:
+            callback(event)
+        except Exception:
+            # The thread must outlive it: it is the only one that looks.
+            LOG.exception("telling of %s", event)
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[Event]:
