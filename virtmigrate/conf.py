@@ -242,9 +242,10 @@ def register(conf: cfg.ConfigOpts) -> None:
     """Register the options of this host and of each backend that it names.
 
     Raises ConfigurationError when a backend is named like a group that means
-    something else, or twice.
+    something else, or twice, and for a value out of bounds.
     """
     conf.register_opts(ALL_HOST_OPTS, group=GROUP)
+    _check_values(conf, GROUP, ALL_HOST_OPTS)
     names: Sequence[str] = conf[GROUP].enabled_backends
     if not names or len(set(names)) != len(names):
         raise errors.ConfigurationError(
@@ -263,7 +264,12 @@ def load(path: Path | str | None = None) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
     files = [] if path is None else [str(path)]
     try:
-        conf(args=[], project="virtmigrate", default_config_files=files)
+        conf(
+            args=[],
+            project="virtmigrate",
+            default_config_files=files,
+            default_config_dirs=[],
+        )
         register(conf)
     except (cfg.Error, ValueError) as e:
         raise errors.ConfigurationError(reason=f"{path}: {e}") from e
@@ -303,6 +309,16 @@ def _register_backend(conf: cfg.ConfigOpts, name: str) -> None:
             reason=f"backend {name!r}: use a-z, 0-9, _ and -, at most 31 characters"
         )
     conf.register_opts(backend_opts, group=name)
+    _check_values(conf, name, backend_opts)
+
+
+def _check_values(conf: cfg.ConfigOpts, group: str, opts: Sequence[cfg.Opt]) -> None:
+    """Read each option once: oslo.config checks a value when it is asked for."""
+    for opt in opts:
+        try:
+            conf[group][opt.dest]
+        except (cfg.Error, ValueError) as e:
+            raise errors.ConfigurationError(reason=f"[{group}] {opt.name}: {e}") from e
 
 
 def _fill(template: str, dest: str) -> str:

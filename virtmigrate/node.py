@@ -91,7 +91,7 @@ class Node:
             backend.ensure()
         path = self.files.settings.path
         self._instances_pool.ensure_directory(f"{path}/instances")
-        self.mailbox.pool.ensure_directory(f"{path}/mailbox")
+        self.mailbox.pool.ensure_directory(f"{path}/mailbox/{self.name}")
         self._publish_card()
 
     @property

@@ -155,24 +155,26 @@ class VolumeWriter:
 
     def write(self, offset: int, data: bytes) -> None:
         """Write a block; blocks come in the order of their offsets."""
-        if self._open is None or offset != self._next or offset >= self._end:
+        end = offset + len(data)
+        if self._open is None or offset != self._next or end > self._end:
             self._finish()
-            self._begin(offset)
+            self._begin(offset, len(data))
         # The stream's length is a promise to nobody: libvirtd takes fewer bytes.
         storagepool.send_all(self._session, self._stream, data)
-        self._next = offset + len(data)
+        self._next = end
         # What takes long now is the source, not this host.
         self._session.rest()
 
     # Private
 
-    def _begin(self, offset: int) -> None:
+    def _begin(self, offset: int, least: int) -> None:
         stack = contextlib.ExitStack()
         with stack:
             opened = self._pool.opened(self._name, f"uploading {self._name}")
             self._session, vol = stack.enter_context(opened)
             self._stream = self._session.conn.newStream(0)
-            length = min(self._bound, self._size - offset)
+            # Blocks of huge volumes may be longer than a stream should be.
+            length = max(least, min(self._bound, self._size - offset))
             vol.upload(self._stream, offset, length, 0)
             self._open = stack.pop_all()
         self._end = offset + length

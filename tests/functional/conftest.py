@@ -189,10 +189,45 @@ class World:
             None, instance, self.b.host.name, wanted, None
         )
 
-    def finish(self, instance: Any, ticket: str, **changes: object) -> None:
-        self.b.driver.finish_migration(
-            None, None, instance, ticket, None, None, **changes
-        )
+    def finish(self, instance: Any, ticket: str, **changes: Any) -> None:
+        changes.setdefault("network_info", None)
+        self.b.driver.finish_migration(None, None, instance, ticket, **changes)
+
+    def confirm(self, instance: Any) -> None:
+        self.a.driver.confirm_migration(None, None, instance, None)
+
+    def revert(self, instance: Any) -> None:
+        """Give back at b and take back at a, as a compute service does."""
+        self.b.driver.destroy(None, instance, None)
+        self.a.driver.finish_revert_migration(None, instance)
+
+    def expect_one(self, instance: Any, on: Node, state: str = "running") -> None:
+        """Exactly one usable instance, and no file that nobody owns."""
+        for node in (self.a, self.b):
+            node.driver.settle()
+        for node in (self.a, self.b):
+            assert node.driver.settle() == []
+            assert node.state_of(instance) == (state if node is on else None)
+            assert node.driver.open_operations() == []
+            self._expect_owned(node, instance if node is on else None)
+
+    def _expect_owned(self, node: Node, instance: Any | None) -> None:
+        found = {path: [] for path in ("disks", "incoming", "records", "instances")}
+        for name in node.files():
+            area, _, file = name.partition("/")
+            if area in found:
+                found[area].append(file.partition(".rec.")[0])
+            else:
+                raise AssertionError(f"{node.host.name} keeps {name}")
+        used = set()
+        if instance is not None:
+            record = node.driver.node.entitled(instance.uuid)
+            for ref in record.disks:
+                chain = node.driver.node.backend(ref.backend).chain(ref.volume)
+                used |= {volume.name for volume in chain}
+        assert set(found["disks"] + found["incoming"]) == used
+        assert set(found["records"]) == used
+        assert set(found["instances"]) == ({instance.uuid} if instance else set())
 
     def close(self) -> None:
         for node in (self.a, self.b):

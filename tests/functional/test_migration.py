@@ -63,3 +63,116 @@ def test_shrinking_is_refused_before_anything_is_touched(world: World) -> None:
     with pytest.raises(errors.MigrationRefused, match="shrink"):
         world.migrate(instance, root_gb=1)
     assert world.a.state_of(instance) == "running"
+
+
+def test_several_disks_and_a_config_drive(world: World) -> None:
+    instance = world.instance(ephemeral_gb=1)
+    instance.config_drive_path = str(world.image(MiB, seed=7))
+    meta = {"path": str(world.image()), "disk_format": "raw"}
+    world.a.driver.spawn(None, instance, meta)
+    before = {t: digest(world.a.disk(instance, t)) for t in ("vda", "vdb", "sda")}
+
+    ticket = world.migrate(instance, ephemeral_gb=2)
+    world.finish(instance, ticket)
+
+    assert world.b.disk(instance, "vdb").stat().st_size == 2 * GiB
+    for target in ("vda", "sda"):
+        assert digest(world.b.disk(instance, target)) == before[target]
+
+
+def test_interfaces_are_plugged_at_the_peer(world: World) -> None:
+    vif = {"address": "52:54:00:11:22:33", "type": "bridge"}
+    instance = world.instance()
+    meta = {"path": str(world.image()), "disk_format": "raw"}
+    there = [{**vif, "network": {"bridge": "br0"}}]
+    world.a.driver.spawn(None, instance, meta, network_info=there)
+    ticket = world.migrate(instance)
+    world.finish(instance, ticket, network_info=there)
+    assert world.b.state_of(instance) == "running"
+
+
+def test_an_instance_that_is_off_stays_off(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.a.driver.power_off(instance)
+    ticket = world.migrate(instance)
+    world.finish(instance, ticket)
+    assert world.b.state_of(instance) == "shutoff"
+    world.b.driver.power_on(None, instance)
+    assert world.b.state_of(instance) == "running"
+
+
+def test_each_method_can_be_called_again(world: World) -> None:
+    instance = world.spawn(world.a)
+    ticket = world.migrate(instance)
+    assert world.migrate(instance) == ticket
+    world.a.new_driver()
+    assert world.migrate(instance) == ticket
+    world.finish(instance, ticket)
+    world.b.new_driver()
+    world.finish(instance, ticket)
+    for _ in range(2):
+        world.a.driver.confirm_migration(None, None, instance, None)
+    world.a.new_driver().confirm_migration(None, None, instance, None)
+    assert world.b.state_of(instance) == "running"
+    with pytest.raises(errors.Error):
+        world.a.driver.finish_revert_migration(None, instance)
+
+
+def test_revert_before_the_peer_took_it(world: World) -> None:
+    instance = world.spawn(world.a)
+    before = digest(world.a.disk(instance))
+    ticket = world.migrate(instance)
+    world.a.driver.finish_revert_migration(None, instance)
+    assert world.a.state_of(instance) == "running"
+    assert digest(world.a.disk(instance)) == before
+    with pytest.raises(errors.NotEntitled):
+        world.finish(instance, ticket)
+    assert world.b.state_of(instance) is None
+    assert world.b.files() == []
+
+
+def test_confirm_waits_for_the_peer(world: World) -> None:
+    instance = world.spawn(world.a)
+    owned = world.a.files()
+    ticket = world.migrate(instance)
+    with pytest.raises(errors.NotConfirmable):
+        world.a.driver.confirm_migration(None, None, instance, None)
+    assert [n for n in owned if "disks/" in n] == [
+        n for n in world.a.files() if "disks/" in n
+    ]
+    world.finish(instance, ticket)
+    world.a.driver.confirm_migration(None, None, instance, None)
+
+
+def test_a_damaged_ticket_is_refused(world: World) -> None:
+    instance = world.spawn(world.a)
+    ticket = world.migrate(instance)
+    with pytest.raises(errors.TicketDamaged):
+        world.finish(instance, ticket.replace("vda", "vdb"))
+    world.finish(instance, ticket)
+    assert world.b.state_of(instance) == "running"
+
+
+def test_moving_on_and_back(world: World) -> None:
+    """A chain of moves leaves nothing behind and keeps the content."""
+    instance = world.spawn(world.a)
+    before = digest(world.a.disk(instance))
+    there, back = (world.a, world.b), (world.b, world.a)
+    for src, dst in (there, back, there):
+        ticket = src.driver.migrate_disk_and_power_off(
+            None, instance, dst.host.name, None, None
+        )
+        dst.driver.finish_migration(None, None, instance, ticket, None)
+        src.driver.confirm_migration(None, None, instance, None)
+        dst.driver.settle()
+        assert [n for n in src.files() if "instances/" not in n] == []
+    assert digest(world.b.disk(instance)) == before
+
+
+def test_nobody_may_start_it_while_it_moves(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.migrate(instance)
+    with pytest.raises(errors.NotEntitled):
+        world.a.driver.power_on(None, instance)
+    with pytest.raises(errors.RecordMissing):
+        world.b.driver.power_on(None, instance)

@@ -76,6 +76,10 @@ class Backend(abc.ABC):
         """Return how a domain names the volume."""
 
     @abc.abstractmethod
+    def path(self, volume: model.Volume) -> str:
+        """Return where this host's QEMU finds the volume."""
+
+    @abc.abstractmethod
     def accept(self, name: str) -> tuple[str, str]:
         """Move a proven volume from incoming to where disks lie.
 
@@ -115,7 +119,7 @@ class Backend(abc.ABC):
         self.volumes.publish(volume.name, volume)
         try:
             self.pool(volume.pool).create_overlay(
-                volume.name, volume.size, base.path, base.format.value
+                volume.name, volume.size, self.path(base), base.format.value
             )
         except BaseException:
             self.volumes.remove(volume.name)

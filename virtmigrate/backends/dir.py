@@ -35,8 +35,15 @@ class DirBackend(base.Backend):
 
     def layer(self, volume: model.Volume) -> domainxml.Layer:
         return domainxml.Layer(
-            type=domainxml.SourceType.FILE, source=volume.path, fmt=volume.format
+            type=domainxml.SourceType.FILE, source=self.path(volume), fmt=volume.format
         )
+
+    def path(self, volume: model.Volume) -> str:
+        # Hosts that share a directory may mount it at different paths.
+        for pool in (self.disks, self.incoming):
+            if volume.pool == pool.name:
+                return pool.volume_path(volume.name)
+        return volume.path
 
     def accept(self, name: str) -> tuple[str, str]:
         source, target = self._path(self.incoming, name), self._path(self.disks, name)

@@ -97,6 +97,7 @@ class Target:
             except errors.Error as e:
                 LOG.warning("operation=%s: %s", stored.name, e)
                 left.append(f"{stored.name}: {e}")
+        self._bury()
         return left
 
     def transfers(self) -> Transfers:
@@ -152,6 +153,19 @@ class Target:
             _Arrival(self._here, stored).remove_volumes()
         elif state is TransferState.WITHDRAWN and age > 2 * limit:
             self._here.mailbox.transfers.remove(stored.name)
+
+    def _bury(self) -> None:
+        """Remove records of instances that were given back, and taken back."""
+        open_ones = {stored.name for stored in self.transfers()}
+        for name in self._here.instances.names():
+            stored = self._here.instances.find(name)
+            if (
+                stored is not None
+                and stored.body.state is InstanceState.GONE
+                and stored.body.host == self._here.name
+                and stored.body.operation not in open_ones
+            ):
+                self._here.instances.remove(name)
 
     def _close(self, stored: record.Stored[model.Transfer]) -> None:
         """End a confirmed move: layers that kept the source's state are merged."""

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drivers of one command: this host's, and a peer's in the same process.
+
+The peer's half is a driver bound to the peer's URI. Its configuration is ours,
+then `peers/DEST.conf` beside our file where there is one (a peer whose
+directories differ), then what makes it the peer: URI, address, state_path.
+"""
+
+import contextlib
+import logging
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+from oslo_config import cfg
+
+from virtmigrate import conf as options
+from virtmigrate import errors, node
+from virtmigrate.driver import VirtMigrateDriver
+from virtmigrate.progress import Progress
+
+LOG = logging.getLogger(__name__)
+
+DEFAULT_FILE = Path("/etc/virtmigrate/virtmigrate.conf")
+FILE_VARIABLE = "VIRTMIGRATE_CONFIG"
+
+
+class Session:
+    """What one command works with; leaving it closes all connections.
+
+    Not safe to share between threads.
+
+    Arguments:
+        file: the configuration; None takes the default file, or the options'
+            defaults where there is no such file.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._files = [file] if file else [f for f in [DEFAULT_FILE] if f.exists()]
+        self._stack = contextlib.ExitStack()
+        self.conf = read(self._files)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def look(self) -> node.Node:
+        """Return this host only to look at it: nothing is made or settled."""
+        here = node.Node(self.conf)
+        self._stack.callback(here.close)
+        return here
+
+    def here(self, progress: Callable[[], Progress] = Progress) -> VirtMigrateDriver:
+        """Return this host's driver; what was left undone is settled first."""
+        return self._start(self.conf, progress)
+
+    def peer(self, dest: str) -> VirtMigrateDriver:
+        """Return the driver of the peer's half.
+
+        Raises HostError, ConfigurationError.
+        """
+        conf = peer_conf(self._files, self.conf, dest)
+        _demand_alike(conf, dest)
+        return self._start(conf, Progress)
+
+    # Private
+
+    def _start(
+        self, conf: cfg.ConfigOpts, progress: Callable[[], Progress]
+    ) -> VirtMigrateDriver:
+        driver = VirtMigrateDriver(conf=conf, progress=progress)
+        host = str(conf[options.GROUP].address or "local")
+        self._stack.callback(driver.cleanup_host, host)
+        try:
+            driver.init_host(host)
+        except OSError as e:
+            path = conf[options.GROUP].state_path
+            raise errors.ConfigurationError(
+                reason=f"state_path {path} cannot be used: {e}"
+            ) from e
+        return driver
+
+
+def read(files: Sequence[Path]) -> cfg.ConfigOpts:
+    """Read ini files, the later ones first in right, into a configuration."""
+    conf = cfg.ConfigOpts()
+    names = [str(file) for file in files]
+    try:
+        conf(args=[], project="virtmigrate", default_config_files=names)
+        options.register(conf)
+    except (cfg.Error, ValueError) as e:
+        raise errors.ConfigurationError(reason=f"{', '.join(names)}: {e}") from e
+    return conf
+
+
+def peer_conf(files: Sequence[Path], ours: cfg.ConfigOpts, dest: str) -> cfg.ConfigOpts:
+    """Return the configuration of a peer's half."""
+    uri = options.peer_uri(ours, dest)  # checks dest, too
+    extra = [file.parent / "peers" / f"{dest}.conf" for file in files[:1]]
+    conf = read([*files, *(file for file in extra if file.exists())])
+    state = Path(ours[options.GROUP].state_path) / "peers" / dest
+    for name, value in (("uri", uri), ("address", dest), ("state_path", str(state))):
+        conf.set_override(name, value, options.GROUP)
+    return conf
+
+
+# Private
+
+
+def _demand_alike(conf: cfg.ConfigOpts, dest: str) -> None:
+    """Refuse to be a peer that says of itself that it is set up otherwise."""
+    there = node.Node(conf)
+    try:
+        stored = there.mailbox.cards.find(node.CARD)
+        if stored is None:
+            return
+        ours = {backend.name for backend in there.backends.values()}
+        theirs = {card.name for card in stored.body.backends}
+        if stored.body.host != dest or ours != theirs:
+            raise errors.ConfigurationError(
+                reason=f"host {dest} says that it is {stored.body.host} with the "
+                f"backends {', '.join(sorted(theirs))}, and this configuration says "
+                f"{', '.join(sorted(ours))}: write what differs to peers/{dest}.conf"
+            )
+    except errors.PoolNotFound:
+        LOG.debug("host=%s is new", dest)
+    finally:
+        there.close()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a departure's journal says, and the volumes that only a move makes."""
+
+from typing import Any
+
+import msgspec
+
+from virtmigrate import errors, model, node
+from virtmigrate.formats import DiskFormat
+from virtmigrate.journal import Journal
+from virtmigrate.model import Role, VolumeState
+
+
+def facts(journal: Journal, step: str) -> dict[str, Any]:
+    facts = journal.facts(step)
+    if facts is None:
+        raise errors.JournalBroken(path=journal.path, reason=f"it lacks {step}")
+    return facts
+
+
+def original(journal: Journal) -> model.Instance:
+    text = str(facts(journal, "begun")["original"])
+    return msgspec.json.decode(text, type=model.Instance)
+
+
+def transfer(journal: Journal) -> model.Transfer:
+    text = str(facts(journal, "begun")["transfer"])
+    return msgspec.json.decode(text, type=model.Transfer)
+
+
+def card(journal: Journal) -> model.BackendCard:
+    text = str(facts(journal, "begun")["card"])
+    return msgspec.json.decode(text, type=model.BackendCard)
+
+
+def memory_name(operation: str) -> str:
+    return f"memory.{operation}"
+
+
+def memory_volume(
+    original: model.Instance, operation: str, here: node.Node
+) -> model.Volume:
+    pool = here.backend(original.disks[0].backend).disks
+    name = memory_name(operation)
+    return model.Volume(
+        name=name,
+        pool=pool.name,
+        path=pool.volume_path(name),
+        format=DiskFormat.RAW,
+        role=Role.MEMORY,
+        size=0,
+        state=VolumeState.INCOMPLETE,
+        owner=original.uuid,
+        operation=operation,
+        origin=here.name,
+    )
+
+
+def drop_memory(here: node.Node, journal: Journal) -> None:
+    backend = here.backend(original(journal).disks[0].backend)
+    backend.remove(memory_name(journal.operation))
+
+
+def overlay_volume(
+    volume: model.TransferVolume,
+    below: model.Volume,
+    transfer: model.Transfer,
+    origin: str,
+) -> model.Volume:
+    path = below.path.rpartition("/")[0]
+    return model.Volume(
+        name=volume.name,
+        pool=below.pool,
+        path=f"{path}/{volume.name}",
+        format=DiskFormat.QCOW2,
+        role=volume.role,
+        size=volume.size,
+        state=VolumeState.INCOMPLETE,
+        owner=transfer.instance,
+        operation=transfer.operation,
+        origin=origin,
+        backing=below.name,
+    )

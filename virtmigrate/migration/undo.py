@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put an instance back where it was, and remove what its move made."""
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from virtmigrate import errors, model, node, record
+from virtmigrate.instance import Power
+from virtmigrate.journal import Journal
+from virtmigrate.migration import facts
+from virtmigrate.model import TransferState, VolumeState
+from virtmigrate.peer import Peer
+
+LOG = logging.getLogger(__name__)
+
+TAKEN = (TransferState.TAKEN, TransferState.SETTLED, TransferState.CONFIRMED)
+
+
+class Undo:
+    """Puts an instance back and removes what its move made; can run twice."""
+
+    def __init__(
+        self, here: node.Node, journal: Journal, connect: Callable[[Journal], Peer]
+    ) -> None:
+        self._here = here
+        self._journal = journal
+        self._connect = connect
+        self._original = facts.original(journal)
+        self._transfer = facts.transfer(journal)
+
+    def run(self, *, power_on: bool) -> str:
+        """Undo; return what is still owed at the peer, "" when nothing is.
+
+        Raises MigrationUndecided, NotRevertible: nothing was done.
+        """
+        if not self._journal.has("restored"):
+            if self._journal.has("giving"):
+                self._take_back()
+            self._restore(power_on)
+            self._drop_layers()
+            facts.drop_memory(self._here, self._journal)
+            self._journal.done("restored")
+        return self._clean_peer()
+
+    # Private
+
+    def _take_back(self) -> None:
+        """Win the right back from the transfer's record."""
+        while True:
+            there, stored = self._ask()
+            state = stored.body.state if stored else TransferState.WITHDRAWN
+            if state in TAKEN:
+                raise errors.NotRevertible(
+                    instance=self._original.uuid,
+                    operation=self._journal.operation,
+                    reason=f"{self._transfer.peer} has it (the transfer is "
+                    f"{state.value}): destroy it there first",
+                )
+            if stored is None or state in (
+                TransferState.RETURNED,
+                TransferState.WITHDRAWN,
+            ):
+                return
+            body = msgspec.structs.replace(stored.body, state=TransferState.WITHDRAWN)
+            try:
+                there.transfers.publish(stored.name, body, after=stored.generation)
+                return
+            except errors.RecordConflict:
+                LOG.info("operation=%s the peer was first", self._journal.operation)
+            except errors.HostError as e:
+                raise self._undecided(e) from e
+
+    def _ask(self) -> tuple[Peer, record.Stored[model.Transfer] | None]:
+        try:
+            there = self._connect(self._journal)
+            return there, there.transfer(self._journal.operation)
+        except errors.HostError as e:
+            raise self._undecided(e) from e
+
+    def _undecided(self, error: errors.Error) -> errors.MigrationUndecided:
+        return errors.MigrationUndecided(
+            instance=self._original.uuid,
+            operation=self._journal.operation,
+            peer=self._transfer.peer,
+            reason=error,
+        )
+
+    def _restore(self, power_on: bool) -> None:
+        """Make the instance what it was; nothing happens if it was not stopped."""
+        if not self._journal.has("stopping"):
+            return
+        uuid = self._original.uuid
+        back = msgspec.structs.replace(
+            self._original, domain_xml=None, operation=self._journal.operation
+        )
+        stored = self._here.instances.find(uuid)
+        if stored is None or stored.body != back:
+            self._here.publish_instance(back)
+        if not self._here.domains.exists(uuid):
+            self._here.domains.define(
+                str(self._original.domain_xml), autostart=self._original.autostart
+            )
+        if power_on:
+            self._power(uuid)
+
+    def _power(self, uuid: str) -> None:
+        backend = self._here.backend(self._original.disks[0].backend)
+        memory = backend.volumes.find(facts.memory_name(self._journal.operation))
+        off = self._here.domains.power(uuid) is Power.OFF
+        if self._original.power == Power.PAUSED.value and off and memory:
+            self._here.domains.restore_from(memory.body.path)
+        elif self._original.power != Power.OFF.value:
+            self._here.domains.start(uuid)
+
+    def _drop_layers(self) -> None:
+        """Remove the layers that this move put over shared disks."""
+        if not self._journal.has("freezing"):
+            return
+        backend = self._here.backend(self._original.disks[0].backend)
+        for volume in self._transfer.volumes:
+            if volume.shared and volume.backing:
+                backend.remove(volume.name)
+                below = backend.volumes.read(volume.source).body
+                if below.state is VolumeState.FROZEN:
+                    usable = msgspec.structs.replace(below, state=VolumeState.USABLE)
+                    backend.update(usable)
+
+    def _clean_peer(self) -> str:
+        """Remove our volumes and our record there; what fails stays owed."""
+        if self._journal.has("reserving"):
+            try:
+                there = self._connect(self._journal)
+                there.remove_volumes(self._transfer, facts.card(self._journal))
+                there.forget(self._journal.operation)
+            except errors.Error as e:
+                LOG.warning(
+                    "operation=%s owes a clean-up at %s: %s",
+                    self._journal.operation,
+                    self._transfer.peer,
+                    e,
+                )
+                return str(e)
+        self._journal.close()
+        return ""
