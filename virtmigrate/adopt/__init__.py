@@ -15,6 +15,17 @@ A failure undoes them. A killed run leaves records without an instance: adopting
 again takes them over. The files themselves are never touched.
 """
 
+import logging
+
+from virtmigrate import node
+from virtmigrate.adopt import planner, runner
+from virtmigrate.adopt.values import Adoption, AdoptionRefused, Given, Planned
+from virtmigrate.rollback import Rollback
+
+LOG = logging.getLogger(__name__)
+
+__all__ = ["Adoption", "AdoptionRefused", "Given", "Planned", "plan", "run"]
+
 
 def plan(here: node.Node, uuid: str, given: Given) -> Adoption:
     """Return what would be done; touch nothing.
@@ -22,7 +33,7 @@ def plan(here: node.Node, uuid: str, given: Given) -> Adoption:
     Raises AdoptionRefused with all that is left open, InstanceExists when it has a
     record, InstanceNotFound.
     """
-    return _Planner(here, uuid, given).plan()
+    return planner.Planner(here, uuid, given).plan()
 
 
 def run(here: node.Node, uuid: str, given: Given) -> Adoption:
@@ -33,7 +44,7 @@ def run(here: node.Node, uuid: str, given: Given) -> Adoption:
     with here.claimed(uuid):
         planned = plan(here, uuid, given)
         with Rollback() as undo:
-            done = _Run(here, planned, undo).run()
+            done = runner.Run(here, planned, undo).run()
             undo.commit()
     LOG.info("instance=%s adopted on %s", uuid, here.name)
     return done

@@ -1,4 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Doing what is planned, step by step; every step adds its undoing."""
+
+import dataclasses
+import uuid as uuids
+
+import libvirt
+import msgspec
+
+from virtmigrate import domainxml, errors, model, node
+from virtmigrate.adopt import checks, values
+from virtmigrate.adopt.pools import Pools
+from virtmigrate.adopt.values import Adoption, Planned
+from virtmigrate.backends import base
+from virtmigrate.formats import DiskFormat
+from virtmigrate.model import InstanceState, VolumeState
+from virtmigrate.rollback import Rollback
+
+
 class Run:
     """Does what is planned; every step adds its undoing."""
 
@@ -32,7 +50,7 @@ class Run:
             size = length if raw else volume.size
             measured.append(dataclasses.replace(volume, pool=pool, size=size))
         if missing:
-            raise refused(self._here, self._planned.uuid, missing)
+            raise values.refused(self._here, self._planned.uuid, missing)
         return tuple(measured)
 
     def _pool(self, directory: str) -> str:
@@ -43,7 +61,7 @@ class Run:
         return self._pools.make(directory)
 
     def _record(self, volume: Planned) -> None:
-        found = existing(self._backend, volume.name)
+        found = checks.existing(self._backend, volume.name)
         wanted = model.Volume(
             name=volume.name,
             pool=str(volume.pool),
