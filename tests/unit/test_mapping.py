@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compute service's objects, as Nova's look, into ours."""
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virtmigrate import errors, mapping
+from virtmigrate.domainxml import InterfaceKind
+from virtmigrate.model import Role
+from virtmigrate.units import GiB, MiB
+
+
+def flavor(**fields: int) -> types.SimpleNamespace:
+    values = {"memory_mb": 512, "vcpus": 2, "root_gb": 10, "ephemeral_gb": 0}
+    return types.SimpleNamespace(**{**values, **fields})
+
+
+def instance(**fields: Any) -> types.SimpleNamespace:
+    values = {"uuid": "u1", "name": "instance-1", "flavor": flavor()}
+    return types.SimpleNamespace(**{**values, **fields})
+
+
+VIF = {
+    "address": "fa:16:3e:00:00:01",
+    "id": "port-1",
+    "type": "bridge",
+    "devname": "tap1",
+    "network": {"bridge": "br7"},
+}
+
+
+# New instances
+
+
+def test_wanted() -> None:
+    found = mapping.wanted(
+        instance(flavor=flavor(ephemeral_gb=3), config_drive_path="/srv/cd.iso"),
+        {"path": "/srv/image.raw", "disk_format": "raw"},
+        [VIF],
+        owner="nova",
+    )
+    assert (found.uuid, found.name, found.owner) == ("u1", "instance-1", "nova")
+    assert (found.memory, found.vcpus) == (512 * MiB, 2)
+    assert found.image == Path("/srv/image.raw")
+    assert found.root_size == 10 * GiB
+    assert found.ephemeral_sizes == (3 * GiB,)
+    assert found.config_drive == Path("/srv/cd.iso")
+    assert [port.mac for port in found.interfaces] == [VIF["address"]]
+
+
+def test_wanted_of_an_object_instead_of_a_dict() -> None:
+    image = types.SimpleNamespace(
+        path="/i", loader="/fw/code.fd", nvram_template="/fw/vars.fd"
+    )
+    found = mapping.wanted(instance(), image, None, owner="me")
+    assert found.loader == "/fw/code.fd"
+    assert found.nvram_template == Path("/fw/vars.fd")
+    assert not found.interfaces and not found.ephemeral_sizes
+    assert found.config_drive is None
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "vmdk", "iso", "RAW", ""])
+def test_image_that_is_not_raw(fmt: str) -> None:
+    with pytest.raises(errors.Unsupported, match="only raw"):
+        mapping.wanted(instance(), {"path": "/i", "disk_format": fmt}, [], owner="me")
+
+
+# Moves
+
+
+def test_request() -> None:
+    context = types.SimpleNamespace(request_id="req-7")
+    found = mapping.request(
+        context, instance(), "beta", flavor(ephemeral_gb=1), 30.0, 5.0
+    )
+    assert (found.instance, found.dest, found.request) == ("u1", "beta", "req-7")
+    assert (found.memory, found.vcpus) == (512 * MiB, 2)
+    assert found.sizes == {Role.ROOT: 10 * GiB, Role.EPHEMERAL: GiB}
+    assert (found.timeout, found.retry_interval) == (30.0, 5.0)
+
+
+def test_request_without_flavor_changes_nothing() -> None:
+    found = mapping.request(None, instance(), "beta", None, 0, 0)
+    assert found.memory is None and found.vcpus is None
+    assert found.sizes == {}
+    assert found.request == "-"
+    assert found.retry_interval > 0
+
+
+def test_request_with_a_flavor_without_disk_keeps_the_disks() -> None:
+    found = mapping.request(None, instance(), "beta", flavor(root_gb=0), 0, 0)
+    assert found.sizes == {}
+
+
+# Interfaces
+
+
+def test_bridge() -> None:
+    (found,) = mapping.interfaces([VIF])
+    assert (found.mac, found.bridge, found.device) == (VIF["address"], "br7", "tap1")
+    assert found.kind is InterfaceKind.BRIDGE
+    assert found.interface_id is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "port"),
+    [({}, "port-1"), ({"ovs_interfaceid": "port-9"}, "port-9")],
+    ids=["id", "ovs-id"],
+)
+def test_ovs(extra: dict[str, str], port: str) -> None:
+    (found,) = mapping.interfaces([{**VIF, "type": "ovs", "network": {}, **extra}])
+    assert found.kind is InterfaceKind.OVS
+    assert found.interface_id == port
+    assert found.bridge == "br-int"
+
+
+@pytest.mark.parametrize("kind", ["hw_veb", "vhostuser", "macvtap"])
+def test_other_ports_are_refused(kind: str) -> None:
+    with pytest.raises(errors.Unsupported, match=kind):
+        mapping.interfaces([{**VIF, "type": kind}])
+
+
+@pytest.mark.parametrize("nothing", [None, [], ()], ids=["none", "list", "tuple"])
+def test_no_ports(nothing: Any) -> None:
+    assert mapping.interfaces(nothing) == ()
