@@ -252,11 +252,12 @@ def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     while position < size:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
+            position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as e:
+            # No data from here on, or it shrank, which its length tells.
             if e.errno == errno.ENXIO:
                 return
             raise
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         yield start, position
 
 
