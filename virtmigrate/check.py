@@ -122,7 +122,8 @@ def remedy(error: errors.Error) -> str:
 def _host(conf: cfg.ConfigOpts) -> Findings:
     uri = str(conf[options.GROUP].uri)
     yield from _certificates(conf)
-    yield from _state_path(Path(conf[options.GROUP].state_path))
+    state = Path(conf[options.GROUP].state_path)
+    yield from _guarded("state_path", lambda: _state_path(state))
     driver = VirtMigrateDriver(conf=conf)
     try:
         yield from _libvirt(conf, uri)

@@ -94,7 +94,12 @@ def read(files: Sequence[Path]) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
     names = [str(file) for file in files]
     try:
-        conf(args=[], project="virtmigrate", default_config_files=names)
+        conf(
+            args=[],
+            project="virtmigrate",
+            default_config_files=names,
+            default_config_dirs=[],
+        )
         options.register(conf)
     except (cfg.Error, ValueError) as e:
         raise errors.ConfigurationError(reason=f"{', '.join(names)}: {e}") from e
