@@ -19,6 +19,7 @@ UNVERIFIED = "Failed to verify peer's certificate"
 _BUSY = re.compile(
     r"has asynchronous jobs running|volume '.*' is still (being allocated|in use)"
 )
+_FILE_EXISTS = re.compile(r"volume target path '.*' already exists")
 _NO_CONFIRMATION = "Unable to read TLS confirmation"
 
 # Texts about files of our own, with what is wrong there.
@@ -58,6 +59,8 @@ def translate(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
         return found(error, doing)
     if _BUSY.search(_text(error)):
         return _pool_busy(error, doing)
+    if _is_made_behind_its_back(error):
+        return _volume_exists(error, doing)
     if doing.lost:
         return _connection_failed(error, doing)
     return _failed(error, doing)
@@ -107,6 +110,19 @@ def _volume_exists(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
     name = doing.volume or _quoted(error) or doing.doing
     pool = doing.pool or "?"
     return errors.VolumeExists(host=doing.host, pool=pool, volume=name)
+
+
+def _is_made_behind_its_back(error: libvirt.libvirtError) -> bool:
+    """Tell whether a volume's file is there that libvirt did not know of.
+
+    Another host made it, in a directory that both use: libvirt finds it when it
+    looks before creating, or fails to create it exclusively.
+    """
+    if error.get_error_domain() != libvirt.VIR_FROM_STORAGE:
+        return False
+    is_refused = error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+    is_there = is_refused and error.get_int1() == errno.EEXIST
+    return is_there or bool(_FILE_EXISTS.search(_text(error)))
 
 
 def _pool_busy(error: libvirt.libvirtError, doing: Doing) -> errors.Error:

@@ -137,40 +137,74 @@ def test_record_that_is_too_long(store: record.Store[Body], directory: Path) -> 
     assert store.read("vol").generation == 1
 
 
-def test_races_have_one_winner(
+class Race:
+    """Publishers that publish each generation at the same time."""
+
+    def __init__(self, **stores: record.Store[Body]) -> None:
+        self.stores = stores
+        self.won: dict[str, list[int]] = {name: [] for name in stores}
+        self.lost: dict[str, list[int]] = {name: [] for name in stores}
+        self._failed: list[BaseException] = []
+        self._start = threading.Barrier(len(stores), timeout=SECONDS)
+
+    def run(self, rounds: int) -> None:
+        threads = [
+            threading.Thread(target=self._race, args=(name, rounds))
+            for name in self.stores
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+        assert not self._failed
+
+    def expect_one_winner_each(self, rounds: int) -> None:
+        one, two = self.stores
+        everything = list(range(1, rounds + 1))
+        assert sorted(self.won[one] + self.won[two]) == everything
+        assert self.won[one] == self.lost[two]
+        assert self.won[two] == self.lost[one]
+        last = one if rounds in self.won[one] else two
+        for store in self.stores.values():
+            assert store.read("vol") == record.Stored("vol", rounds, Body(text=last))
+
+    def _race(self, name: str, rounds: int) -> None:
+        try:
+            for after in range(rounds):
+                self._start.wait()
+                self._publish(name, after)
+                self._start.wait()
+                if name == next(iter(self.stores)) and after % 10 == 9:
+                    self.stores[name].prune("vol")
+        except BaseException as e:
+            self._failed.append(e)
+            self._start.abort()
+
+    def _publish(self, name: str, after: int) -> None:
+        try:
+            stored = self.stores[name].publish("vol", Body(text=name), after=after)
+            self.won[name].append(stored.generation)
+        except errors.RecordConflict:
+            self.lost[name].append(after + 1)
+
+
+def test_two_connections_race(
     here: host.Host, there: host.Host, directory: Path
 ) -> None:
-    """Two hosts' connections publish each generation at the same time."""
-    stores = {"here": store_of(here, directory), "there": store_of(there, directory)}
-    won: dict[str, list[int]] = {name: [] for name in stores}
-    lost: dict[str, list[int]] = {name: [] for name in stores}
-    failed: list[BaseException] = []
-    start = threading.Barrier(len(stores), timeout=SECONDS)
+    race = Race(here=store_of(here, directory), there=store_of(there, directory))
+    race.run(RACES)
+    race.expect_one_winner_each(RACES)
 
-    def race(name: str) -> None:
-        try:
-            for after in range(RACES):
-                start.wait()
-                try:
-                    stored = stores[name].publish("vol", Body(text=name), after=after)
-                    won[name].append(stored.generation)
-                except errors.RecordConflict:
-                    lost[name].append(after + 1)
-                start.wait()
-                if name == "here" and after % 10 == 9:
-                    stores[name].prune("vol")
-        except BaseException as e:
-            failed.append(e)
-            start.abort()
 
-    threads = [threading.Thread(target=race, args=(name,)) for name in stores]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(SECONDS)
-    assert not failed
-    assert sorted(won["here"] + won["there"]) == list(range(1, RACES + 1))
-    assert won["here"] == lost["there"]
-    assert won["there"] == lost["here"]
-    last = "here" if RACES in won["here"] else "there"
-    assert stores["here"].read("vol") == record.Stored("vol", RACES, Body(text=last))
+def test_two_hosts_race_in_one_directory(
+    box: sandbox.Sandbox, here: host.Host, directory: Path
+) -> None:
+    beta = box.add_host("rec-beta")
+    try:
+        with host.Host(beta.uri) as other:
+            stores = store_of(here, directory), store_of(other, directory)
+            race = Race(alpha=stores[0], beta=stores[1])
+            race.run(RACES // 2)
+            race.expect_one_winner_each(RACES // 2)
+    finally:
+        box.remove_host("rec-beta")
