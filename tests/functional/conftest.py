@@ -3,7 +3,9 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
+import subprocess
 import types
 import uuid
 from collections.abc import Iterator
@@ -228,6 +230,36 @@ class World:
         assert set(found["disks"] + found["incoming"]) == used
         assert set(found["records"]) == used
         assert set(found["instances"]) == ({instance.uuid} if instance else set())
+
+    def share(self) -> None:
+        """Let both hosts use one directory, by the same pools."""
+        self.close()
+        for node in (self.a, self.b):
+            node.path = self.tmp / "shared"
+            node.new_driver()
+
+    def read(self, node: Node, instance: Any, target: str = "vda") -> bytes:
+        """What the guest would read, by qemu-img and the records' formats."""
+        record = node.driver.node.entitled(instance.uuid)
+        (ref,) = (ref for ref in record.disks if ref.target == target)
+        layers = node.driver.node.backend(ref.backend).layers(ref.volume)
+        spec: dict[str, Any] | None = None
+        for layer in reversed(layers):
+            below = {"backing": spec} if layer.fmt.value == "qcow2" else {}
+            file = {"driver": "file", "filename": layer.source}
+            spec = {"driver": layer.fmt.value, "file": file, **below}
+        argv = [
+            "qemu-img",
+            "dd",
+            "-U",
+            "-O",
+            "raw",
+            "bs=1M",
+            f"if=json:{json.dumps(spec)}",
+        ]
+        out = self.tmp / "guest-view"
+        subprocess.run([*argv, f"of={out}"], check=True, timeout=60)
+        return out.read_bytes()
 
     def close(self) -> None:
         for node in (self.a, self.b):
