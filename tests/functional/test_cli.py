@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from sandbox import process
 from tests.functional.conftest import World, digest
 from virtmigrate.units import GiB, MiB
 
@@ -49,8 +49,8 @@ class Command:
 def configuration(world: World) -> str:
     """Return the first host's options as a file."""
     conf = world.a.conf()
-    names = ("uri", "address", "virt_type", "state_path", "peer_uri")
-    names += ("call_timeout", "connect_timeout", "record_grace")
+    names = ["uri", "address", "virt_type", "state_path", "peer_uri"]
+    names += ["call_timeout", "connect_timeout", "record_grace"]
     lines = [f"{name} = {conf.virtmigrate[name]}" for name in names]
     lines += ["shutdown_timeout = 2", "shutdown_retry_interval = 1"]
     return "\n".join(["[virtmigrate]", *lines, "[default]", f"path = {world.a.path}"])
@@ -249,6 +249,24 @@ def test_list_waits_for_nobody(world: World, command: Command) -> None:
     """Looking takes no locks, and settles nothing that another process works on."""
     instance = world.spawn(world.a)
     with world.a.driver.node.claimed(instance.uuid):
-        seconds = process.time.monotonic()
+        seconds = time.monotonic()
         assert len(command.json("instance", "list")) == 1
-        assert process.time.monotonic() - seconds < 10
+        assert time.monotonic() - seconds < 10
+
+
+def test_settle_beside_a_move_leaves_it_alone(world: World, command: Command) -> None:
+    """What another process is doing is not what a killed one left."""
+    image = world.tmp / "random.raw"
+    image.write_bytes(os.urandom(128 * MiB))
+    instance = world.spawn(world.a, image)
+    argv = command.argv("instance", "migrate", instance.name, "beta")
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("copying"):
+                break
+        command.run("host", "settle")
+        rest = child.stderr.read()
+        assert child.wait(TIMEOUT) == DONE, rest
+    assert world.a.state_of(instance) is None
+    assert world.b.state_of(instance) == "running"

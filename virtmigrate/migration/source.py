@@ -105,7 +105,7 @@ class Source:
             uuid = facts.original(journal).uuid
             try:
                 with self._here.claimed(uuid):
-                    self._recover(journal)
+                    self._recover_now(journal.operation)
             except errors.Error as e:
                 LOG.warning("operation=%s instance=%s: %s", journal.operation, uuid, e)
                 left.append(f"{journal.operation}: {e}")
@@ -195,6 +195,12 @@ class Source:
 
     def _undo(self, journal: Journal, *, power_on: bool = True) -> str:
         return Undo(self._here, journal, self._peer_of).run(power_on=power_on)
+
+    def _recover_now(self, operation: str) -> None:
+        """Recover what is left now: who held the claim until now went on with it."""
+        for journal in self._journals():
+            if journal.operation == operation:
+                self._recover(journal)
 
     def _recover(self, journal: Journal) -> None:
         if journal.has("confirmed"):

@@ -93,7 +93,10 @@ class Target:
         for stored in self.transfers():
             try:
                 with self._here.claimed(stored.body.instance):
-                    self._recover(stored)
+                    # Who held the claim until now may have gone on with it.
+                    now = self._here.mailbox.transfers.find(stored.name)
+                    if now is not None:
+                        self._recover(now)
             except errors.Error as e:
                 LOG.warning("operation=%s: %s", stored.name, e)
                 left.append(f"{stored.name}: {e}")
