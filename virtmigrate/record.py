@@ -103,7 +103,7 @@ class Store(Generic[T]):
     def find(self, name: str) -> Stored[T] | None:
         """Return the newest valid record of this name, or None if there is none.
 
-        Raises RecordBroken when generations exist and none is valid,
+        Raises RecordBroken when generations were written and none is valid,
         RecordTooNew when a newer release wrote the newest.
         """
         generations = self._generations(name)
@@ -115,6 +115,8 @@ class Store(Generic[T]):
             listed, generations = generations, self._generations(name)
             # What was removed or pruned since it was listed is not broken.
             if generations == listed:
+                if all(self._is_unborn(name, each) for each in listed):
+                    return None
                 raise errors.RecordBroken(
                     **self._where(name), reason=f"generations {listed}, none valid"
                 )
@@ -192,6 +194,18 @@ class Store(Generic[T]):
         except (ValueError, errors.VolumeNotFound, errors.ShortTransfer):
             return None
 
+    def _is_unborn(self, name: str, generation: int) -> bool:
+        """Tell whether a generation was created and never written.
+
+        Its first block is written last, so one that holds nothing but zeros there
+        was never published.
+        """
+        try:
+            data = self.pool.read(_volume(name, generation), limit=MAX_SIZE)
+        except errors.VolumeNotFound:
+            return True
+        return not any(data[:_BLOCK])
+
     def _next(self, name: str, after: int) -> int:
         """Return the number to publish; wait for what is in the making.
 
@@ -225,7 +239,9 @@ class Store(Generic[T]):
         data = encode(stored.body, stored.name, stored.generation)
         try:
             self.pool.create_raw(volume, len(data))
-            self.pool.write(volume, data)
+            if data[_BLOCK:]:
+                self.pool.write(volume, data[_BLOCK:], offset=_BLOCK)
+            self.pool.write(volume, data[:_BLOCK])
             return self.pool.read(volume, limit=MAX_SIZE) == data
         except (errors.VolumeExists, errors.VolumeNotFound):
             # Somebody else made it, or passed over ours and pruned it.

@@ -191,14 +191,14 @@ class Pool:
         with self._session(f"reading {name}", volume=name) as (session, pool):
             return _download(session, self._lookup(pool, name), size)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small volume from its beginning.
+    def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
+        """Write to a small volume.
 
         What finish() says is not believed (libvirt forgets late errors): read it
         back.
         """
         with self._session(f"writing {name}", volume=name) as (session, pool):
-            _upload(session, self._lookup(pool, name), data)
+            _upload(session, self._lookup(pool, name), data, offset)
 
     @contextlib.contextmanager
     def opened(
@@ -352,9 +352,11 @@ def _download(session: Session, vol: "libvirt.virStorageVol", size: int) -> byte
     return bytes(data)
 
 
-def _upload(session: Session, vol: "libvirt.virStorageVol", data: bytes) -> None:
+def _upload(
+    session: Session, vol: "libvirt.virStorageVol", data: bytes, offset: int
+) -> None:
     stream = session.conn.newStream(0)
-    vol.upload(stream, 0, len(data), 0)
+    vol.upload(stream, offset, len(data), 0)
     try:
         send_all(session, stream, data)
         stream.finish()

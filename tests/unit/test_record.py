@@ -60,10 +60,12 @@ class FakePool:
             raise errors.VolumeExists(host="fake", pool=self.name, volume=name)
         self.volumes[name] = bytes(size)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
         self._called("write", name)
-        size = len(self._found(name))
-        self.volumes[name] = data[: self.stays].ljust(size, b"\0")
+        volume = bytearray(self._found(name))
+        kept = data[: self.stays]
+        volume[offset : offset + len(kept)] = kept
+        self.volumes[name] = bytes(volume)
 
     def read(self, name: str, *, limit: int) -> bytes:
         self._called("read", name)
@@ -241,7 +243,7 @@ def test_torn_newest_leaves_the_older(
 def test_no_valid_generation_is_broken(
     pool: FakePool, store: record.Store[Body]
 ) -> None:
-    pool.volumes["vol.rec.1"] = bytes(4096)
+    pool.volumes["vol.rec.1"] = b"half a record".ljust(4096, b"\0")
     with pytest.raises(errors.RecordBroken, match="none valid"):
         store.find("vol")
     assert store.find_valid_generation("vol") == 0
@@ -564,3 +566,10 @@ def test_never_two_winners(
         assert won or any(publishers), "nobody died, and nobody won"
         if won:
             assert store_of(pool).read("vol") == won[0]
+
+
+def test_a_first_generation_that_was_never_written_is_no_record(
+    pool: FakePool, store: record.Store[Body]
+) -> None:
+    pool.volumes["vol.rec.1"] = bytes(4096)
+    assert store.find("vol") is None
