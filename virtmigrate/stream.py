@@ -12,6 +12,7 @@ the source's.
 import contextlib
 import errno
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -146,12 +147,21 @@ class VolumeWriter:
     def __enter__(self) -> "VolumeWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
         if kind is None:
             self._finish()
         elif self._open is not None:
+            opened, self._open = self._open, None
+            # Aborting waits for an answer, so the clock must run again.
+            self._session.touch()
             storagepool.abort(self._stream)
-            self._open.close()
+            # The session makes libvirt's errors ours.
+            opened.__exit__(kind, error, trace)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write a block; blocks come in the order of their offsets."""
