@@ -39,11 +39,8 @@ class NotArrived(errors.MigrationError):
 
 def of(error: BaseException) -> Outcome:
     """Return the exit code for what a command raised."""
-    if isinstance(error, errors.Cancelled):
+    if _was_cancelled(error):
         return Outcome.CANCELLED
-    if isinstance(error, errors.MigrationRolledBack):
-        cancelled = isinstance(error.__cause__, errors.Cancelled)
-        return Outcome.CANCELLED if cancelled else Outcome.FAILED
     if isinstance(error, errors.MigrationUndecided | NotArrived):
         return Outcome.UNDECIDED
     return Outcome.FAILED
@@ -51,17 +48,26 @@ def of(error: BaseException) -> Outcome:
 
 def text(error: BaseException) -> str:
     """Return what went wrong in one message."""
-    if isinstance(error, errors.Cancelled):
+    if not _was_cancelled(error):
+        return str(error) or type(error).__name__
+    if not isinstance(error, errors.MigrationRolledBack):
         return "cancelled; nothing was touched"
-    if of(error) is Outcome.CANCELLED and isinstance(error, errors.Error):
-        return (
-            f"cancelled: instance {error.instance} is {error.state} on {error.host} "
-            f"again{error.debts}"
-        )
-    return str(error) or type(error).__name__
+    return (
+        f"cancelled: instance {error.instance} is {error.state} on {error.host} "
+        f"again{error.debts}"
+    )
 
 
 def tell(error: BaseException, *, debug: bool) -> Outcome:
     """Log the error, with a traceback only for who debugs; return the exit code."""
     LOG.error(text(error), exc_info=error if debug else None)
     return of(error)
+
+
+# Private
+
+
+def _was_cancelled(error: BaseException) -> bool:
+    if isinstance(error, errors.MigrationRolledBack | errors.MigrationRefused):
+        return isinstance(error.__cause__, errors.Cancelled)
+    return isinstance(error, errors.Cancelled)
