@@ -9,7 +9,6 @@ import enum
 import getpass
 import os
 import tempfile
-import uuid as uuids
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,13 +227,10 @@ def _backend(backend: base.Backend) -> Findings:
 
 def _reading(backend: base.Backend) -> Finding:
     """Make a volume as disks are made and see whether this user may read it."""
-    what, name = f"backend {backend.name}: reading disks", f"nonce.{uuids.uuid4().hex}"
-    backend.disks.prove(name)
-    try:
+    what = f"backend {backend.name}: reading disks"
+    with backend.disks.nonce() as name:
         if backend.local_file(backend.disks, name) is not None:
             return Finding(what, State.WORKS, "directly")
-    finally:
-        backend.disks.delete(name)
     return Finding(
         what,
         State.WARNING,

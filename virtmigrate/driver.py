@@ -76,6 +76,9 @@ class VirtMigrateDriver:
 
         To be called from time to time: peers come back, and debts are paid.
         """
+        for backend in self.node.backends.values():
+            backend.disks.remove_nonces()
+            backend.incoming.remove_nonces()
         return [*self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:

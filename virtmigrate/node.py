@@ -62,7 +62,13 @@ class Node:
         self.conf = conf
         self.options = conf[options.GROUP]
         self.name: str = self.options.address or socket.gethostname()
-        self.host = Host(self.options.uri, name=self.name, timeouts=timeouts(conf))
+        self.host = Host(
+            self.options.uri,
+            name=self.name,
+            timeouts=timeouts(conf),
+            # The command binds a node to a peer's URI.
+            allow_insecure=self.name in self.options.allow_insecure_peers,
+        )
         self.backends = backends.load(conf, self.host)
         self.files = self._file_backend()
         self.domains = instance.Domains(self.host)

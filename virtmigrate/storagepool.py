@@ -221,21 +221,36 @@ class Pool:
                 self._local = self._prove_local()
             return self._local
 
-    def prove(self, nonce: str) -> None:
-        """Create an empty volume whose name only this operation knows."""
-        self.create_raw(nonce, 0)
+    @contextlib.contextmanager
+    def nonce(self) -> Iterator[str]:
+        """Yield the name of an empty volume that only this caller can know.
+
+        What a killed process leaves of it, `remove_nonces` removes.
+        """
+        name = f"{self._nonces}{uuid.uuid4().hex}"
+        self.create_raw(name, 0)
+        try:
+            yield name
+        finally:
+            self.delete(name)
+
+    def remove_nonces(self) -> None:
+        """Remove this host's nonces. A proof that loses its nonce fails, safely."""
+        for name in self.names():
+            if name.startswith(self._nonces):
+                self.delete(name)
+
+    @property
+    def _nonces(self) -> str:
+        return f"nonce.{self.host.name}."
 
     # Private
 
     def _prove_local(self) -> bool:
         if not os.access(self.path, os.R_OK | os.X_OK):
             return False
-        nonce = f"nonce.{uuid.uuid4().hex}"
-        self.create_raw(nonce, 0)
-        try:
-            return (Path(self.path) / nonce).exists()
-        finally:
-            self.delete(nonce)
+        with self.nonce() as name:
+            return (Path(self.path) / name).exists()
 
     def _define(self, session: Session, path: str) -> "libvirt.virStoragePool":
         try:

@@ -108,7 +108,9 @@ def read(files: Sequence[Path]) -> cfg.ConfigOpts:
 
 def peer_conf(files: Sequence[Path], ours: cfg.ConfigOpts, dest: str) -> cfg.ConfigOpts:
     """Return the configuration of a peer's half."""
-    uri = options.peer_uri(ours, dest)  # checks dest, too
+    uri = options.peer_uri(ours, dest)  # refuses what is no name of a host
+    if not dest.strip("."):
+        raise errors.ConfigurationError(reason=f"{dest!r} is no host name")
     extra = [file.parent / "peers" / f"{dest}.conf" for file in files[:1]]
     conf = read([*files, *(file for file in extra if file.exists())])
     state = Path(ours[options.GROUP].state_path) / "peers" / dest

@@ -169,14 +169,10 @@ class _Planner:
         A volume with a name that only we know, made here, is looked for there:
         paths, names and ids prove nothing.
         """
-        nonce = f"nonce.{self._operation}.{uuids.uuid4().hex}"
-        backend.disks.prove(nonce)
-        try:
+        with backend.disks.nonce() as nonce:
             for each in card.backends:
                 if self._there.sees(each.disks, nonce):
                     return each, True
-        finally:
-            backend.disks.delete(nonce)
         ranked = sorted(card.backends, key=lambda each: each.name != backend.name)
         if not ranked:
             raise self._refuse(f"host {card.host} has no backend")
