@@ -41,7 +41,9 @@ class Foreign:
         subprocess.run(write, check=True, capture_output=True, timeout=30)
         return path
 
-    def define(self, *disks: str, metadata: str = "", start: bool = False) -> Any:
+    def define(
+        self, *disks: str, metadata: str = "", os: str = "", start: bool = False
+    ) -> Any:
         instance = types.SimpleNamespace(
             uuid=str(uuid.uuid4()), name=f"foreign-{uuid.uuid4().hex[:6]}"
         )
@@ -49,7 +51,8 @@ class Foreign:
           <name>{instance.name}</name><uuid>{instance.uuid}</uuid>
           <metadata>{metadata}</metadata>
           <memory unit='MiB'>64</memory>
-          <os><type arch='x86_64' machine='q35'>hvm</type></os>
+          <os><type arch='x86_64' machine='q35'>hvm</type>{os}</os>
+          <features><acpi/></features>
           <devices>{"".join(disks)}</devices>
         </domain>"""
         with self.world.a.libvirt() as conn:
@@ -323,3 +326,30 @@ def test_cd_image_is_kept_and_nova_is_asked(
     command.run(*move, "--unmanaged-override")
     command.run("instance", "confirm", instance.uuid, "--unmanaged-override")
     assert (path.exists(), iso.exists()) == (False, True)
+
+
+def test_firmware_variables_are_adopted_and_moved(
+    world: World, foreign: Foreign, command: Command
+) -> None:
+    path, code = foreign.raw("disk.raw"), foreign.raw("code.fd", 2 * MiB)
+    nvram = foreign.raw("guest_VARS.fd", 2 * MiB)
+    before = digest(nvram)
+    instance = foreign.define(
+        disk("vda", path, "raw"),
+        os=f"<loader readonly='yes' type='pflash'>{code}</loader>"
+        f"<nvram>{nvram}</nvram>",
+    )
+    rows = command.json("instance", "adopt", instance.uuid)
+    assert [(row["disk"], row["role"], row["size"]) for row in rows] == [
+        ("vda", "root", 8 * MiB),
+        ("nvram", "nvram", 2 * MiB),
+    ]
+    command.run("instance", "migrate", instance.uuid, "beta")
+    with world.b.libvirt() as conn:
+        text = conn.lookupByUUIDString(instance.uuid).XMLDesc(2)
+    found = domainxml.firmware(text)
+    assert found and found.loader == str(code) and found.nvram
+    assert digest(Path(found.nvram)) == before
+    back = command.json("instance", "revert", instance.uuid)
+    assert back["state"] == "off"
+    assert digest(nvram) == before and path.exists()

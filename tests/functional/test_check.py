@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`host check`: what works, what does not, and what to do."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,46 @@ def test_no_libvirt_and_no_certificates(
 
 def test_as_an_unprivileged_user(world: World, command: Command) -> None:
     """The socket is closed to it, and that is said; no traceback."""
-    for directory in (command.file.parent, *command.file.parents[:4]):
-        directory.chmod(directory.stat().st_mode | 0o055)
+    reachable(command.file)
     done = world.box.exec(
         command.argv("host", "check", "-f", "json"), user=True, check=False
     )
     assert done.returncode == FAILED
     assert "Traceback" not in done.stderr
-    assert "usermod -aG libvirt mover" in done.stdout
+    rows = by_name(json.loads(done.stdout))
+    assert "usermod -aG libvirt mover" in rows["libvirt"]["remedy"]
+    assert rows["state_path"]["result"] == "failed"
+
+
+@pytest.fixture
+def service(box: Sandbox) -> Iterator[Host]:
+    try:
+        yield box.add_host("ck-service", service_user=True)
+    finally:
+        box.remove_host("ck-service")
+
+
+def test_as_a_service_user(command: Command, service: Host, box: Sandbox) -> None:
+    """Everything works for a user in group libvirt; files are not its own."""
+    command.file.write_text(
+        f"[virtmigrate]\nuri = {service.local_uri}\naddress = {service.name}\n"
+        f"virt_type = qemu\nstate_path = {box.home}/state\n"
+        f"peer_uri = {service.uri.replace(service.name, '{dest}', 1)}\n"
+        f"[default]\npath = {service.storage}/vm\n"
+    )
+    reachable(command.file)
+    argv = command.argv("host", "check", "-f", "json")
+    done = box.exec(argv, user=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = by_name(json.loads(done.stdout))
+    assert "as mover" in rows["libvirt"]["detail"]
+    assert rows["state_path"]["result"] == "works"
+    assert rows["backend default: rights"]["result"] == "warning"
+    assert rows["certificate clientcert.pem"]["result"] == "works"
+
+
+def reachable(file: Path) -> None:
+    """Let everybody read a file of a test's own directory."""
+    for directory in file.parents[:5]:
+        directory.chmod(directory.stat().st_mode | 0o055)
+    file.chmod(0o644)

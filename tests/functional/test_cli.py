@@ -270,3 +270,37 @@ def test_settle_beside_a_move_leaves_it_alone(world: World, command: Command) ->
         assert child.wait(TIMEOUT) == DONE, rest
     assert world.a.state_of(instance) is None
     assert world.b.state_of(instance) == "running"
+
+
+def test_new_peer_is_set_up(world: World, command: Command) -> None:
+    world.b.clear()
+    instance = world.spawn(world.a)
+    command.run("instance", "migrate", instance.uuid, "beta")
+    assert world.b.state_of(instance) == "running"
+
+
+def test_peer_with_other_directories_is_refused(world: World, command: Command) -> None:
+    """Pools that its own service made lie elsewhere: nothing is guessed."""
+    (command.file.parent / "peers/beta.conf").unlink()
+    instance = world.spawn(world.a)
+    refused = command.run("instance", "migrate", instance.uuid, "beta", code=FAILED)
+    assert f"lies at {world.b.path}" in refused.stderr
+    assert world.a.state_of(instance) == "running"
+
+
+def test_insecure_peer_only_by_name(world: World, command: Command) -> None:
+    """Over plain TCP, which the laboratory allows for one peer."""
+    instance = world.spawn(world.a)
+    lines = command.file.read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("peer_uri")]
+    lines.insert(1, "peer_uri = qemu+tcp://{dest}/system")
+    command.file.write_text("\n".join(lines))
+    refused = command.run("instance", "migrate", instance.uuid, "beta", code=FAILED)
+    assert "Nothing was sent" in refused.stderr
+    lines.insert(1, "allow_insecure_peers = beta")
+    command.file.write_text("\n".join(lines))
+    command.run("instance", "migrate", instance.uuid, "beta")
+    assert world.b.state_of(instance) == "running"
+    rows = command.json("host", "check", "--peer", "beta")
+    (row,) = (row for row in rows if row["check"] == "peer beta: encryption")
+    assert row["result"] == "warning"

@@ -241,7 +241,7 @@ def test_peer_has_its_own_directories(file: Path) -> None:
     assert conf[GROUP].uri.startswith("qemu+tls://beta/")
 
 
-@pytest.mark.parametrize("dest", ["../x", "a/b", "a?b=c", "a b", ""])
+@pytest.mark.parametrize("dest", ["..", ".", "../x", "a/b", "a?b=c", "a b", ""])
 def test_peer_name_is_no_path(file: Path, dest: str) -> None:
     with pytest.raises(errors.ConfigurationError):
         session.peer_conf([file], session.read([file]), dest)
