@@ -245,7 +245,6 @@ def test_template_that_is_no_uri(tmp_path: Path) -> None:
 
 
 def test_sample_is_current(tmp_path: Path) -> None:
-    """To make it anew, run oslo-config-generator with --config-file GENERATOR."""
     made = tmp_path / "made.sample"
     generator = Path(sys.executable).parent / "oslo-config-generator"
     subprocess.run(
@@ -254,7 +253,9 @@ def test_sample_is_current(tmp_path: Path) -> None:
         timeout=SECONDS,
         cwd=ROOT,
     )
-    assert SAMPLE.read_text() == made.read_text()
+    is_current = SAMPLE.read_text() == made.read_text()
+    command = f"oslo-config-generator --config-file {GENERATOR.relative_to(ROOT)}"
+    assert is_current, f"make it anew: {command}"
 
 
 def test_sample_can_be_read() -> None:
