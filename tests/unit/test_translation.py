@@ -190,7 +190,7 @@ def test_no_tls_there() -> None:
 
 def test_no_details(monkeypatch: pytest.MonkeyPatch) -> None:
     # Made of what another test left as the thread's last error, it would differ.
-    monkeypatch.setattr(libvirt, "virGetLastError", lambda: None)
+    monkeypatch.setattr(libvirt.libvirtmod, "virGetLastError", lambda: None)
     error = libvirt.libvirtError("openAuth failed")
     error.err = None
     assert "openAuth failed" in str(translated(error))
