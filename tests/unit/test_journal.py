@@ -111,8 +111,7 @@ def test_damaged_line_before_the_last(tmp_path: Path, line: int) -> None:
     before = path.read_bytes()
     with pytest.raises(errors.JournalBroken, match=f"line {line + 1} is damaged"):
         journal.Journal.load(path)
-    with pytest.raises(errors.JournalBroken, match="left untouched"):
-        journal.load_all(tmp_path)
+    assert journal.load_all(tmp_path) == []
     assert path.read_bytes() == before
 
 
