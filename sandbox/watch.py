@@ -6,7 +6,6 @@ strace would stop it at every system call.
 """
 
 import contextlib
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -68,18 +67,18 @@ def _started(text: str, watched: set[int]) -> list[str]:
 @contextlib.contextmanager
 def _instance() -> Iterator[Path]:
     """A trace buffer of our own, in a mount that only this process's place sees."""
-    with tempfile.TemporaryDirectory(prefix="sandbox-trace-") as mount:
+    mount = Path(tempfile.mkdtemp(prefix="sandbox-trace-"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(mount.rmdir)
         try:
             process.run(["mount", "-t", "tracefs", "tracefs", mount])
         except errors.SandboxError as e:
             raise errors.SandboxError(f"no tracefs to watch programs with: {e}") from e
-        instance = Path(mount) / f"instances/sandbox-{os.getpid()}"
-        try:
-            instance.mkdir()
-            yield instance
-        finally:
-            instance.rmdir()
-            process.run(["umount", mount])
+        stack.callback(process.run, ["umount", mount])
+        instance = mount / "instances" / mount.name
+        instance.mkdir()
+        stack.callback(instance.rmdir)
+        yield instance
 
 
 def _switch(instance: Path, value: str) -> None:

@@ -291,11 +291,12 @@ def _certificate(file: Path) -> Finding:
 def _peer(conf: cfg.ConfigOpts, dest: str) -> Findings:
     what = f"peer {dest}"
     insecure = dest in conf[options.GROUP].allow_insecure_peers
-    for uri in {options.peer_uri(conf, dest), options.transfer_uri(conf, dest)}:
+    transfer = options.transfer_uri(conf, dest)
+    for uri in dict.fromkeys((options.peer_uri(conf, dest), transfer)):
         with _open(conf, dest, uri, insecure=insecure) as there:
             yield Finding(what, State.WORKS, f"{uri}, {_versions(there)}")
             yield _encryption(there, what, insecure=insecure)
-            if uri == options.transfer_uri(conf, dest):
+            if uri == transfer:
                 yield from _guarded(f"{what}: card", lambda: _card(conf, there))
 
 

@@ -211,7 +211,8 @@ backend_opts = [
         "volume_mode",
         default="0600",
         regex=r"^0[0-7]{3}$",
-        help="Mode of volumes, octal. Directories get the x bits besides.",
+        help="Mode of volumes, octal. Directories get all x bits besides: "
+        "QEMU's user, who owns an instance's volumes while it runs, passes through.",
     ),
     cfg.StrOpt(
         "volume_label",

@@ -157,12 +157,14 @@ class VirtMigrateDriver:
         """Stop the instance and remove its domain; its volumes when destroy_disks.
 
         An instance that came by a move that is not confirmed is given back to
-        its source, whose volumes are never touched.
+        its source, whose volumes are never touched. Raises InvalidState while a
+        move away from here is open: what is here may be the only copy.
         """
         uuid = instance.uuid
         with self.node.claimed(uuid):
             if self._target.give_back(uuid):
                 return
+            self._source.demand_still(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             if destroy_disks:

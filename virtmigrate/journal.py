@@ -8,6 +8,7 @@ when the operation is over and owes nothing.
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 import blake3
 
 from virtmigrate import errors
+
+LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
 
@@ -122,11 +125,16 @@ def load_all(directory: Path) -> list[Journal]:
     """Return the journals of all operations that are not over, oldest first.
 
     A journal without a first step is of an operation that did nothing: it goes.
+    One that is damaged is logged and stays, and the others count.
     """
     found = []
     for changed, path in _by_age(directory):
         with contextlib.suppress(FileNotFoundError):
-            journal = Journal.load(path)
+            try:
+                journal = Journal.load(path)
+            except errors.JournalBroken as e:
+                LOG.error("passed over: %s", e)
+                continue
             if journal is not None:
                 found.append(journal)
             elif time.time() - changed > _BEGINNING:

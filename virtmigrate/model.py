@@ -19,8 +19,6 @@ class VolumeState(enum.Enum):
     """Its content is proven."""
     FROZEN = "frozen"
     """Proven, and below a layer: it never changes until that layer is gone."""
-    RETIRED = "retired"
-    """Of an instance that lives elsewhere now; never startable, reclaimable."""
 
 
 class Role(enum.Enum):
@@ -187,6 +185,8 @@ class BackendCard(Struct, frozen=True):
     disks: str
     incoming: str
     """Names of its pools."""
+    reserved: int = 0
+    """Bytes of its room that are left free."""
 
 
 class HostCard(Struct, frozen=True):

@@ -2,6 +2,7 @@
 """All that belongs to one host, put together from its configuration."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from virtmigrate.backends import base
 from virtmigrate.host import Host, Timeouts
 from virtmigrate.units import MiB
 
+LOG = logging.getLogger(__name__)
+
 TICKETS = (1,)
 """Versions of the migration string that this release reads."""
 
@@ -40,6 +43,22 @@ class Mailbox:
     pool: storagepool.Pool
     cards: record.Store[model.HostCard]
     transfers: record.Store[model.Transfer]
+
+    def open_transfers(self) -> Iterator[record.Stored[model.Transfer]]:
+        """Yield all transfers; a record that cannot be read is logged, and stays.
+
+        What one peer wrote must not keep others from moving.
+        """
+        for name in self.transfers.names():
+            if name == CARD:
+                continue
+            try:
+                stored = self.transfers.find(name)
+            except errors.RecordError as e:
+                LOG.error("passed over: %s", e)
+                continue
+            if stored is not None:
+                yield stored
 
 
 def mailbox(host: Host, grace: float, **pool_options: object) -> Mailbox:
@@ -202,4 +221,5 @@ def _card(backend: base.Backend) -> model.BackendCard:
         kind=backend.kind,
         disks=backend.disks.name,
         incoming=backend.incoming.name,
+        reserved=backend.settings.reserved,
     )

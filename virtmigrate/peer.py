@@ -14,11 +14,15 @@ from virtmigrate import errors, manifest, model, node, record, storagepool, stre
 from virtmigrate.host import Host
 from virtmigrate.model import TransferState
 from virtmigrate.progress import Progress
+from virtmigrate.units import format_bytes
 
 LOG = logging.getLogger(__name__)
 
 RESERVING = (TransferState.RESERVED, TransferState.GIVEN, TransferState.TAKEN)
 """States in which a transfer's volumes may still grow."""
+
+HELD = (TransferState.TAKEN, TransferState.SETTLED)
+"""States in which the peer has the instance and may have to give it back."""
 
 
 class Peer:
@@ -78,14 +82,14 @@ class Peer:
         self.transfers.publish(transfer.operation, transfer)
         wanted = sum(volume.room for volume in transfer.volumes)
         reserved = self._reserved(transfer, card)
-        free = self._pool(card.incoming).room().free
+        free = max(0, self._pool(card.incoming).room().free - card.reserved)
         if wanted + reserved > free:
             raise errors.NoSpace(
                 host=self.name,
                 pool=card.incoming,
-                free=free,
-                wanted=wanted,
-                reserved=reserved,
+                free=format_bytes(free),
+                wanted=format_bytes(wanted),
+                reserved=format_bytes(reserved),
             )
 
     def transfer(self, operation: str) -> record.Stored[model.Transfer] | None:
@@ -155,11 +159,9 @@ class Peer:
         """Return the bytes that other transfers may still write."""
         pool = self._pool(card.incoming)
         total = 0
-        for name in self.transfers.names():
-            if name in (transfer.operation, node.CARD):
-                continue
-            other = self.transfers.find(name)
-            if other is not None and other.body.backend == card.name:
+        for other in self._mailbox.open_transfers():
+            ours = other.name == transfer.operation
+            if not ours and other.body.backend == card.name:
                 total += outstanding(other.body, pool)
         return total
 

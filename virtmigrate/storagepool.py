@@ -41,9 +41,8 @@ class Ownership:
 
     @property
     def directory_mode(self) -> str:
-        """The volumes' mode, with the x bit wherever there is an r bit."""
-        digits = [int(digit) | (1 if int(digit) & 4 else 0) for digit in self.mode[1:]]
-        return "0" + "".join(str(digit) for digit in digits)
+        """The volumes' mode and the x bits: QEMU's user passes through, no more."""
+        return f"0{int(self.mode, 8) | 0o111:o}"
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,11 @@ def world(pair: tuple[Host, Host], box: Sandbox, tmp_path: Path) -> Iterator["Wo
 class Node:
     """One host with a driver of its own."""
 
-    def __init__(self, host: Host, state: Path, **overrides: object) -> None:
+    def __init__(self, host: Host, state: Path, **backend: object) -> None:
         self.host = host
+        self.backend = backend
         self.state = state
-        self.overrides = overrides
+        self.overrides: dict[str, object] = {}
         self.path = host.storage / "vm"
         self.progress: Progress = Progress()
         self.driver = self.new_driver()
@@ -90,7 +91,8 @@ class Node:
         }
         for name, value in values.items():
             conf.set_override(name, value, options.GROUP)
-        conf.set_override("path", str(self.path), "default")
+        for name, value in {"path": str(self.path), **self.backend}.items():
+            conf.set_override(name, value, "default")
         return conf
 
     def peer_uri(self) -> str:
@@ -150,11 +152,13 @@ class Node:
 class World:
     """Two hosts, `a` and `b`, with fresh drivers."""
 
-    def __init__(self, pair: tuple[Host, Host], box: Sandbox, tmp: Path) -> None:
+    def __init__(
+        self, pair: tuple[Host, Host], box: Sandbox, tmp: Path, **backend: object
+    ) -> None:
         self.box = box
         self.tmp = tmp
-        self.a = Node(pair[0], tmp / "a")
-        self.b = Node(pair[1], tmp / "b")
+        self.a = Node(pair[0], tmp / "a", **backend)
+        self.b = Node(pair[1], tmp / "b", **backend)
 
     def image(self, size: int = 8 * MiB, seed: int = 1) -> Path:
         """A raw image with data at both ends and a hole between."""

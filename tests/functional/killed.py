@@ -71,7 +71,8 @@ def driver(settings: dict[str, Any]) -> VirtMigrateDriver:
     options.register(conf)
     for name, value in settings["values"].items():
         conf.set_override(name, value, options.GROUP)
-    conf.set_override("path", settings["path"], "default")
+    for name, value in settings["backend"].items():
+        conf.set_override(name, value, "default")
     made = VirtMigrateDriver(conf=conf)
     made.init_host(settings["values"]["address"])
     return made

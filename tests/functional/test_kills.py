@@ -130,5 +130,5 @@ def settings(node: Node) -> dict[str, Any]:
     names = ("uri", "address", "virt_type", "state_path", "peer_uri", "record_grace")
     return {
         "values": {name: conf["virtmigrate"][name] for name in names},
-        "path": str(node.path),
+        "backend": {"path": str(node.path), **node.backend},
     }

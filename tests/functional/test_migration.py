@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cold migration between two real hosts."""
 
+import os
+
+import msgspec
 import pytest
 
+from sandbox import watch
 from tests.functional.conftest import World, digest
 from virtmigrate import errors
 from virtmigrate.units import GiB, MiB
@@ -176,3 +180,142 @@ def test_nobody_may_start_it_while_it_moves(world: World) -> None:
         world.a.driver.power_on(None, instance)
     with pytest.raises(errors.RecordMissing):
         world.b.driver.power_on(None, instance)
+
+
+def test_a_confirmed_move_is_not_reverted(world: World) -> None:
+    """The confirm dies halfway and the peer closes: still never two."""
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    broken = world.a.driver.node.backends["default"]
+    remove = broken.remove
+    broken.remove = dying  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="died"):
+        world.confirm(instance)
+    broken.remove = remove  # type: ignore[method-assign]
+    world.b.driver.settle()
+    with pytest.raises(errors.NotRevertible):
+        world.a.driver.finish_revert_migration(None, instance)
+    assert world.a.state_of(instance) is None
+    world.expect_one(instance, world.b)
+
+
+def dying(name: str) -> None:
+    raise OSError("died")
+
+
+def test_a_lost_transfer_record_is_no_right_to_run(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    for path in (world.b.path / "mailbox").rglob("*.rec.*"):
+        if not path.name.startswith("host."):
+            path.unlink()
+    with pytest.raises(errors.NotRevertible, match="lost the record"):
+        world.a.driver.finish_revert_migration(None, instance)
+    assert world.a.state_of(instance) is None
+
+
+@pytest.mark.parametrize("place", ["apart", "shared"])
+def test_destroy_at_the_source_while_it_is_away(world: World, place: str) -> None:
+    if place == "shared":
+        world.share()
+    instance = world.spawn(world.a)
+    before = world.a.disk(instance).read_bytes()
+    ticket = world.migrate(instance)
+    with pytest.raises(errors.InvalidState, match="confirm or revert"):
+        world.a.driver.destroy(None, instance)
+    world.finish(instance, ticket)
+    with pytest.raises(errors.InvalidState, match="confirm or revert"):
+        world.a.driver.destroy(None, instance)
+    assert world.read(world.b, instance) == before
+
+
+def test_moving_on_before_confirm_is_refused(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    with pytest.raises(errors.MigrationRefused, match="neither confirmed"):
+        world.b.driver.migrate_disk_and_power_off(None, instance, "alpha", None)
+    world.confirm(instance)
+    world.expect_one(instance, world.b)
+
+
+def test_power_on_is_remembered_over_a_restart(world: World) -> None:
+    """finish_migration(power_on=False) fails halfway; the restart keeps it off."""
+    instance = world.spawn(world.a)
+    ticket = world.migrate(instance)
+    domains = world.b.driver.node.domains
+    domains.define = lambda *_, **__: dying("")  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="died"):
+        world.finish(instance, ticket, power_on=False)
+    world.b.new_driver()
+    assert world.b.state_of(instance) == "shutoff"
+
+
+def test_a_revert_that_cannot_ask_is_done_later(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.migrate(instance)
+    world.b.host.stop_libvirtd()
+    try:
+        with pytest.raises(errors.MigrationUndecided):
+            world.a.driver.finish_revert_migration(None, instance)
+        assert world.a.state_of(instance) is None
+    finally:
+        world.b.host.start_libvirtd()
+    world.a.driver.settle()
+    world.expect_one(instance, world.a)
+
+
+def test_broken_records_and_journals_of_others_stop_nobody(world: World) -> None:
+    (world.b.path / "mailbox/beta/0123.rec.1").write_bytes(b"half a record")
+    world.a.driver.node.journals.mkdir(parents=True, exist_ok=True)
+    (world.a.driver.node.journals / "x.journal").write_bytes(b"damaged\nlines\nhere\n")
+    world.b.new_driver()
+    world.a.new_driver()
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    world.confirm(instance)
+    assert world.b.state_of(instance) == "running"
+
+
+def test_room_that_is_to_stay_free(world: World) -> None:
+    world.b.backend["reserved_mib"] = 10**9
+    world.b.new_driver()
+    instance = world.spawn(world.a)
+    with pytest.raises(errors.MigrationRefused, match="room"):
+        world.migrate(instance)
+
+
+@pytest.mark.parametrize("versions", [{"records": (99,)}, {"tickets": (99,)}])
+def test_a_peer_that_reads_nothing_of_ours_is_refused(
+    world: World, versions: dict[str, tuple[int, ...]]
+) -> None:
+    cards = world.b.driver.node.mailbox.cards
+    stored = cards.read("host")
+    other = msgspec.structs.replace(stored.body, **versions)
+    cards.publish("host", other, after=stored.generation)
+    instance = world.spawn(world.a)
+    with pytest.raises(errors.MigrationRefused, match="reads"):
+        world.migrate(instance)
+    assert world.a.state_of(instance) == "running"
+
+
+def test_a_saved_instance_is_refused(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.a.driver.suspend(None, instance)
+    with pytest.raises(errors.MigrationRefused, match="managed save"):
+        world.migrate(instance)
+    world.a.driver.resume(None, instance)
+    assert world.a.state_of(instance) == "running"
+
+
+def test_only_qemu_is_started(world: World) -> None:
+    """No process of ours is made for a move; libvirtd makes QEMU and helpers."""
+    hosts = (world.a.host, world.b.host)
+    instance = world.spawn(world.a)
+    with (
+        watch.programs([h.libvirtd_pid for h in hosts]) as theirs,
+        watch.programs([os.getpid()]) as ours,
+    ):
+        world.finish(instance, world.migrate(instance))
+        world.confirm(instance)
+    assert ours.names == set()
+    assert theirs.names == {"qemu-system-x86_64"}

@@ -47,9 +47,9 @@ class DirBackend(base.Backend):
 
     def accept(self, name: str) -> tuple[str, str]:
         source, target = self._path(self.incoming, name), self._path(self.disks, name)
-        if target.exists() and self.disks.is_local():
-            return self.disks.name, str(target)
         if self._movable():
+            if target.exists():
+                return self.disks.name, str(target)
             source.rename(target)
             _fsync(target.parent)
             _fsync(source.parent)

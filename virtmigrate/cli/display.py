@@ -87,24 +87,28 @@ class Display:
     ) -> None:
         if new or self._task is None:
             self._finish(bar)
-            self._task = bar.add_task(report.phase, total=report.total or None)
-        bar.update(self._task, completed=report.done)
+            total = report.total or None
+            self._task = bar.add_task(report.phase, total=total, told="")
+        bar.update(self._task, completed=report.done, told=told(report))
 
     def _finish(self, bar: rich.progress.Progress) -> None:
         """Fill the bar of the phase that is over: its last report may be old."""
         if self._task is not None:
-            total = bar.tasks[-1].total or 1
-            bar.update(self._task, completed=total, total=total)
+            total = bar.tasks[-1].total
+            done = units.format_bytes(total) if total else ""
+            bar.update(self._task, completed=total or 1, total=total or 1, told=done)
 
 
 def line(report: progress.Report) -> str:
     """Return a report as one plain line."""
+    return ": ".join(filter(None, (report.phase, told(report))))
+
+
+def told(report: progress.Report) -> str:
+    """Return bytes, rate and time left; "" where nothing is counted."""
     if not report.total:
-        return report.phase
-    parts = [
-        f"{report.phase}: {units.format_bytes(report.done)} of "
-        f"{units.format_bytes(report.total)}"
-    ]
+        return ""
+    parts = [f"{units.format_bytes(report.done)} of {units.format_bytes(report.total)}"]
     if report.rate > 0:
         parts.append(f"{units.format_bytes(report.rate)}/s")
     if report.left is not None:
@@ -137,8 +141,6 @@ def _bar(console: rich.console.Console) -> rich.progress.Progress:
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(binary_units=True),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[told]}"),
         console=console,
     )

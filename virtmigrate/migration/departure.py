@@ -225,7 +225,11 @@ class Departure:
             if found is not None and found.body.owner == self._original.uuid:
                 backend.remove(sent.source)
         stored = self._here.instances.find(self._original.uuid)
-        if stored and stored.body.host == self._here.name:
+        if (
+            stored
+            and stored.body.operation == self.journal.operation
+            and (stored.body.host == self._here.name)
+        ):
             self._here.instances.remove(self._original.uuid)
 
     def _backend(self) -> base.Backend:

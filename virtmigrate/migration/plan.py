@@ -77,12 +77,13 @@ class _Planner:
     def plan(self) -> Plan:
         uuid = self._request.instance
         record = self._here.entitled(uuid)
+        self._check_arrival(uuid)
         xml = self._here.domains.xml(uuid)
         power = self._check_domain(uuid, xml)
         backend = self._backend(record)
         self._check_disks(record, backend, xml)
         card = self._check_peer(record, xml)
-        landing = self._landing(backend, card)
+        landing = self._landing(record, backend, card)
         transfer = self._transfer(record, backend, *landing)
         original = msgspec.structs.replace(
             record,
@@ -96,6 +97,16 @@ class _Planner:
         return errors.MigrationRefused(instance=self._request.instance, reason=reason)
 
     # This host
+
+    def _check_arrival(self, uuid: str) -> None:
+        """See that nobody may take it back from here."""
+        for stored in self._here.mailbox.open_transfers():
+            state = stored.body.state
+            if stored.body.instance == uuid and state in peer.HELD:
+                raise self._refuse(
+                    f"its move from {stored.body.source} (operation {stored.name}) "
+                    "is neither confirmed nor reverted"
+                )
 
     def _check_domain(self, uuid: str, xml: str) -> Power:
         found = [*domainxml.obstacles(xml), *self._here.domains.burdens(uuid)]
@@ -162,7 +173,7 @@ class _Planner:
         return card
 
     def _landing(
-        self, backend: base.Backend, card: model.HostCard
+        self, record: model.Instance, backend: base.Backend, card: model.HostCard
     ) -> tuple[model.BackendCard, bool]:
         """Return the peer's backend for the disks, and whether it is this one.
 
@@ -172,11 +183,21 @@ class _Planner:
         with backend.disks.nonce() as nonce:
             for each in card.backends:
                 if self._there.sees(each.disks, nonce):
-                    return each, True
+                    return each, self._all_in(backend, record)
         ranked = sorted(card.backends, key=lambda each: each.name != backend.name)
         if not ranked:
             raise self._refuse(f"host {card.host} has no backend")
         return ranked[0], False
+
+    def _all_in(self, backend: base.Backend, record: model.Instance) -> bool:
+        """Tell whether all volumes lie in the pool that was proven.
+
+        Others, adopted ones, are copied: that is right wherever they lie.
+        """
+        chains = [
+            backend.chain(ref.volume) for ref in record.disks if ref.target != NVRAM
+        ]
+        return all(v.pool == backend.disks.name for chain in chains for v in chain)
 
     # What will be sent
 

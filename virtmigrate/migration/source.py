@@ -12,6 +12,7 @@ Steps in the journal of a departure:
     given       it is; the ticket
     returned    the caller was told
     restored    the instance is back; what is left is owed at the peer
+    reverting   the caller wants it back, and the peer could not be asked
     confirmed   it never comes back; what is left is to remove its volumes here
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from virtmigrate import errors, node
+from virtmigrate import errors, model, node
 from virtmigrate.journal import Journal, load_all
 from virtmigrate.migration import facts, plan
 from virtmigrate.migration.departure import Departure
@@ -75,6 +76,7 @@ class Source:
         with self._here.claimed(uuid):
             journal = self._find(uuid)
             if journal is None or not journal.has("given"):
+                self._demand_none_away(uuid)
                 LOG.info("instance=%s nothing to confirm on %s", uuid, self._here.name)
                 return
             departure = Departure(
@@ -93,7 +95,26 @@ class Source:
             if journal is None:
                 self._here.entitled(uuid)
                 return
-            self._undo(journal, power_on=power_on)
+            try:
+                self._undo(journal, power_on=power_on)
+            except errors.MigrationUndecided:
+                journal.done("reverting", power_on=power_on)
+                raise
+
+    def demand_still(self, uuid: str) -> None:
+        """Raise InvalidState while a move of the instance is open here.
+
+        Its volumes may be the only copy, or what a revert needs.
+        """
+        journal = self._find(uuid)
+        if journal is not None:
+            raise errors.InvalidState(
+                instance=uuid,
+                host=self._here.name,
+                state="moving",
+                reason=f"operation {journal.operation} is at "
+                f"{journal.steps()[-1]}; confirm or revert it first",
+            )
 
     def recover(self) -> list[str]:
         """Finish what a killed process left; return what could not be finished.
@@ -136,6 +157,16 @@ class Source:
             if facts.original(journal).uuid == uuid and not journal.has("restored"):
                 return journal
         return None
+
+    def _demand_none_away(self, uuid: str) -> None:
+        stored = self._here.instances.find(uuid)
+        away = (model.InstanceState.AWAY, model.InstanceState.LEAVING)
+        if stored and stored.body.host == self._here.name and stored.body.state in away:
+            raise errors.NotConfirmable(
+                instance=uuid,
+                operation=stored.body.operation,
+                reason="its record says that it left, and there is no journal of it",
+            )
 
     def _peer_of(self, journal: Journal) -> Peer:
         return self._connect(str(facts.facts(journal, "begun")["dest"]))
@@ -180,17 +211,19 @@ class Source:
         debts = self._undo(journal)
         if not isinstance(error, Exception):
             return
+        owed = f"; still owed at the peer: {debts}" if debts else ""
+        reason = str(error) or "it was cancelled"
         if not journal.has("stopping"):
             raise errors.MigrationRefused(
-                instance=original.uuid, reason=error
+                instance=original.uuid, reason=reason + owed
             ) from error
         raise errors.MigrationRolledBack(
             instance=original.uuid,
             operation=journal.operation,
-            reason=str(error) or type(error).__name__,
+            reason=reason,
             state=original.power,
             host=self._here.name,
-            debts=f"; still owed at the peer: {debts}" if debts else "",
+            debts=owed,
         ) from error
 
     def _undo(self, journal: Journal, *, power_on: bool = True) -> str:
@@ -206,5 +239,7 @@ class Source:
         if journal.has("confirmed"):
             there = self._peer_of(journal)
             Departure(self._here, journal, there, Progress()).confirm()
+        elif wish := journal.facts("reverting"):
+            self._undo(journal, power_on=bool(wish["power_on"]))
         elif journal.has("restored") or not journal.has("returned"):
             self._undo(journal)

@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from virtmigrate import domainxml, errors, model, node, record
+from virtmigrate import domainxml, errors, model, node, peer, record
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
@@ -18,9 +18,6 @@ from virtmigrate.migration import plan, ticket
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
 LOG = logging.getLogger(__name__)
-
-HELD = (TransferState.TAKEN, TransferState.SETTLED)
-"""States in which the instance is here and may have to go back."""
 
 Transfers = list[record.Stored[model.Transfer]]
 
@@ -53,13 +50,13 @@ class Target:
                 raise errors.TicketDamaged(
                     reason="its digests are not those of the transfer"
                 )
-            arrival = _Arrival(self._here, self._take(stored))
-            arrival.settle(power_on=power_on, interfaces=interfaces)
+            taken = self._take(stored, power_on=power_on, interfaces=interfaces)
+            _Arrival(self._here, taken).settle()
 
     def held(self, uuid: str) -> record.Stored[model.Transfer] | None:
         """Return the unconfirmed transfer that brought the instance here."""
         for stored in self.transfers():
-            if stored.body.instance == uuid and stored.body.state in HELD:
+            if stored.body.instance == uuid and stored.body.state in peer.HELD:
                 return stored
         return None
 
@@ -105,10 +102,7 @@ class Target:
 
     def transfers(self) -> Transfers:
         """Return all transfers in this host's mailbox."""
-        store = self._here.mailbox.transfers
-        names = [name for name in store.names() if name != node.CARD]
-        found = (store.find(name) for name in names)
-        return [stored for stored in found if stored is not None]
+        return list(self._here.mailbox.open_transfers())
 
     # Private
 
@@ -116,22 +110,38 @@ class Target:
         return errors.NotEntitled(host=self._here.name, instance=uuid, reason=reason)
 
     def _take(
-        self, stored: record.Stored[model.Transfer]
+        self,
+        stored: record.Stored[model.Transfer],
+        *,
+        power_on: bool,
+        interfaces: tuple[domainxml.Interface, ...],
     ) -> record.Stored[model.Transfer]:
-        """Win the right from the transfer's record, or find that it is ours."""
+        """Win the right from the transfer's record, or find that it is ours.
+
+        What the caller wants is kept with it: a restart finishes the same.
+        """
         state = stored.body.state
-        if state in HELD:
+        if state in peer.HELD:
             return stored
         if state is not TransferState.GIVEN:
             raise self._not_ours(
                 stored.body.instance, f"operation {stored.name} is {state.value}"
             )
-        return self._publish(stored, TransferState.TAKEN)
+        wanted = _complete(stored)
+        if not power_on:
+            wanted = msgspec.structs.replace(wanted, power=Power.OFF.value)
+        if interfaces:
+            xml = domainxml.with_interfaces(str(wanted.domain_xml), interfaces)
+            wanted = msgspec.structs.replace(wanted, domain_xml=xml)
+        return self._publish(stored, TransferState.TAKEN, record=wanted)
 
     def _publish(
-        self, stored: record.Stored[model.Transfer], state: TransferState
+        self,
+        stored: record.Stored[model.Transfer],
+        state: TransferState,
+        **changes: object,
     ) -> record.Stored[model.Transfer]:
-        body = msgspec.structs.replace(stored.body, state=state)
+        body = msgspec.structs.replace(stored.body, state=state, **changes)
         transfers = self._here.mailbox.transfers
         return transfers.publish(stored.name, body, after=stored.generation)
 
@@ -145,7 +155,7 @@ class Target:
         state, age = stored.body.state, time.time() - stored.body.created
         limit = float(self._here.options.reclaim_age)
         if state is TransferState.TAKEN:
-            _Arrival(self._here, stored).settle(power_on=True)
+            _Arrival(self._here, stored).settle()
         elif state is TransferState.CONFIRMED:
             self._close(stored)
         elif state is TransferState.RETURNED:
@@ -185,20 +195,13 @@ class _Arrival:
         self._transfer = stored.body
         self._backend: base.Backend = here.backend(stored.body.backend)
 
-    def settle(
-        self,
-        *,
-        power_on: bool,
-        interfaces: tuple[domainxml.Interface, ...] = (),
-    ) -> None:
+    def settle(self) -> None:
         """Import the volumes, define the domain, start it, and say so."""
         imported = [self._import(v) for v in reversed(self._transfer.volumes)]
         wanted = self._wanted()
         if not self._here.domains.exists(wanted.uuid):
-            self._here.domains.define(
-                self._xml(wanted, interfaces), autostart=wanted.autostart
-            )
-        self._power(wanted, power_on)
+            self._here.domains.define(self._xml(wanted), autostart=wanted.autostart)
+        self._power(wanted)
         self._publish_settled(all(imported))
 
     def remove_volumes(self) -> None:
@@ -217,6 +220,9 @@ class _Arrival:
         if not layers:
             return True
         uuid = self._transfer.instance
+        if not self._is_here(uuid):
+            # It moved on, its layers with it, as layers like any other.
+            return True
         running = self._here.domains.power(uuid) is Power.RUNNING
         if running:
             for volume in layers:
@@ -224,6 +230,12 @@ class _Arrival:
         return running
 
     # Private
+
+    def _is_here(self, uuid: str) -> bool:
+        try:
+            return bool(self._here.entitled(uuid))
+        except (errors.NotEntitled, errors.RecordMissing):
+            return False
 
     def _import(self, volume: model.TransferVolume) -> bool:
         """Make an incoming volume one of ours; return whether it is durable."""
@@ -266,14 +278,7 @@ class _Arrival:
 
     def _wanted(self) -> model.Instance:
         """Publish, once, that this host has the instance; return it with its XML."""
-        given = self._transfer.record
-        if given is None:
-            raise errors.RecordBroken(
-                host=self._here.name,
-                pool=node.MAILBOX,
-                record=self._stored.name,
-                reason="it was given without the instance's record",
-            )
+        given = _complete(self._stored)
         here = msgspec.structs.replace(
             given,
             host=self._here.name,
@@ -285,9 +290,7 @@ class _Arrival:
             self._here.publish_instance(here)
         return given
 
-    def _xml(
-        self, wanted: model.Instance, interfaces: tuple[domainxml.Interface, ...]
-    ) -> str:
+    def _xml(self, wanted: model.Instance) -> str:
         xml = domainxml.without_runtime(str(wanted.domain_xml))
         xml = domainxml.with_emulator(xml, None)
         refs = {ref.target: self._backend.layers(ref.volume) for ref in wanted.disks}
@@ -295,12 +298,11 @@ class _Arrival:
         xml = domainxml.with_disks(xml, refs)
         if nvram:
             xml = domainxml.with_nvram(xml, nvram[0].source)
-        xml = domainxml.with_size(xml, wanted.memory, wanted.vcpus)
-        return domainxml.with_interfaces(xml, interfaces) if interfaces else xml
+        return domainxml.with_size(xml, wanted.memory, wanted.vcpus)
 
-    def _power(self, wanted: model.Instance, power_on: bool) -> None:
+    def _power(self, wanted: model.Instance) -> None:
         """Start it if it ran, grown; a guest that was off is grown paused."""
-        start = power_on and wanted.power != Power.OFF.value
+        start = wanted.power != Power.OFF.value
         grown = [v for v in self._transfer.volumes if v.grow and not _raw(v)]
         if not start and not grown:
             return
@@ -354,3 +356,15 @@ class _Arrival:
 
 def _raw(volume: model.TransferVolume) -> bool:
     return volume.format is DiskFormat.RAW
+
+
+def _complete(stored: record.Stored[model.Transfer]) -> model.Instance:
+    """Return the instance of a transfer that was given."""
+    if stored.body.record is None:
+        raise errors.RecordBroken(
+            host=stored.body.peer,
+            pool=node.MAILBOX,
+            record=stored.name,
+            reason="it was given without the instance's record",
+        )
+    return stored.body.record

@@ -15,6 +15,7 @@ from virtmigrate.peer import Peer
 
 LOG = logging.getLogger(__name__)
 
+BACK = (TransferState.RETURNED, TransferState.WITHDRAWN)
 TAKEN = (TransferState.TAKEN, TransferState.SETTLED, TransferState.CONFIRMED)
 
 
@@ -35,6 +36,8 @@ class Undo:
 
         Raises MigrationUndecided, NotRevertible: nothing was done.
         """
+        if self._journal.has("confirmed"):
+            raise self._not_revertible("it is confirmed")
         if not self._journal.has("restored"):
             if self._journal.has("giving"):
                 self._take_back()
@@ -50,18 +53,15 @@ class Undo:
         """Win the right back from the transfer's record."""
         while True:
             there, stored = self._ask()
-            state = stored.body.state if stored else TransferState.WITHDRAWN
-            if state in TAKEN:
-                raise errors.NotRevertible(
-                    instance=self._original.uuid,
-                    operation=self._journal.operation,
-                    reason=f"{self._transfer.peer} has it (the transfer is "
-                    f"{state.value}): destroy it there first",
+            if stored is None:
+                self._demand_never_given()
+                return
+            if stored.body.state in TAKEN:
+                raise self._not_revertible(
+                    f"{self._transfer.peer} has it (the transfer is "
+                    f"{stored.body.state.value}): destroy it there first"
                 )
-            if stored is None or state in (
-                TransferState.RETURNED,
-                TransferState.WITHDRAWN,
-            ):
+            if stored.body.state in BACK:
                 return
             body = msgspec.structs.replace(stored.body, state=TransferState.WITHDRAWN)
             try:
@@ -71,6 +71,24 @@ class Undo:
                 LOG.info("operation=%s the peer was first", self._journal.operation)
             except errors.HostError as e:
                 raise self._undecided(e) from e
+
+    def _demand_never_given(self) -> None:
+        """Without a record at the peer: the instance is ours if it never was given.
+
+        A record that was there and is gone proves nothing: the peer may run it.
+        """
+        if self._journal.has("given"):
+            raise self._not_revertible(
+                f"{self._transfer.peer} has lost the record of the transfer, so it "
+                "cannot tell whether it has the instance. Look there"
+            )
+
+    def _not_revertible(self, reason: str) -> errors.NotRevertible:
+        return errors.NotRevertible(
+            instance=self._original.uuid,
+            operation=self._journal.operation,
+            reason=reason,
+        )
 
     def _ask(self) -> tuple[Peer, record.Stored[model.Transfer] | None]:
         try:
