@@ -139,7 +139,7 @@ def test_signal_cancels_and_puts_back(
     world: World, command: Command, number: signal.Signals
 ) -> None:
     image = world.tmp / "random.raw"
-    image.write_bytes(os.urandom(192 * MiB))
+    image.write_bytes(os.urandom(96 * MiB))
     instance = world.spawn(world.a, image)
     before = digest(image)
     argv = command.argv("instance", "migrate", instance.name, "beta")
@@ -159,7 +159,7 @@ def test_signal_cancels_and_puts_back(
 
 def test_killed_while_copying_starts_anew(world: World, command: Command) -> None:
     image = world.tmp / "random.raw"
-    image.write_bytes(os.urandom(192 * MiB))
+    image.write_bytes(os.urandom(96 * MiB))
     instance = world.spawn(world.a, image)
     argv = command.argv("instance", "migrate", instance.name, "beta")
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as child:

@@ -186,7 +186,8 @@ def test_bar_on_a_terminal() -> None:
         work.phase("copying vda", 4 * MiB)
         work.advance(4 * MiB)
     assert "stopping" in stream.getvalue()
-    assert "4.0/4.0 MiB" in stream.getvalue()
+    assert "4.0 MiB of 4.0 MiB" in stream.getvalue()
+    assert "iB/s" in stream.getvalue() and "0 s left" in stream.getvalue()
 
 
 def test_signal_cancels_between_phases() -> None:
