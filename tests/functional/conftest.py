@@ -44,6 +44,12 @@ def pair(box: Sandbox) -> Iterator[tuple[Host, Host]]:
     box.remove_host("beta")
 
 
+@pytest.fixture(autouse=True)
+def nonces_are_old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process's nonce goes with the next settle(), not after an hour."""
+    monkeypatch.setattr("virtmigrate.storagepool._NONCE_AGE", -1.0)
+
+
 @pytest.fixture
 def world(pair: tuple[Host, Host], box: Sandbox, tmp_path: Path) -> Iterator["World"]:
     created = World(pair, box, tmp_path)
@@ -123,6 +129,10 @@ class Node:
             except libvirt.libvirtError:
                 return None
             return names.get(domain.state()[0], "?")
+
+    def xml(self, instance: Any) -> str:
+        with self.libvirt() as conn:
+            return str(conn.lookupByUUIDString(instance.uuid).XMLDesc(0))
 
     def disk(self, instance: Any, target: str = "vda") -> Path:
         """The file that libvirt says the disk is."""

@@ -2,6 +2,7 @@
 """Cold migration between two real hosts."""
 
 import os
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -319,3 +320,27 @@ def test_only_qemu_is_started(world: World) -> None:
         world.confirm(instance)
     assert ours.names == set()
     assert theirs.names == {"qemu-system-x86_64"}
+
+
+def test_uefi_variables_go_along(world: World) -> None:
+    instance = world.instance(memory_mb=128)
+    firmware = Path("/usr/share/OVMF")
+    meta = {
+        "path": str(world.image()),
+        "disk_format": "raw",
+        "loader": str(firmware / "OVMF_CODE_4M.fd"),
+        "nvram_template": str(firmware / "OVMF_VARS_4M.fd"),
+    }
+    world.a.driver.spawn(None, instance, meta)
+    world.a.driver.power_off(instance)
+    (before,) = (world.a.path / "disks").glob("nvram.*")
+    content = before.read_bytes()
+
+    ticket = world.migrate(instance)
+    world.finish(instance, ticket)
+    (after,) = (world.b.path / "disks").glob("nvram.*")
+    assert after.read_bytes() == content
+    world.b.driver.power_on(None, instance)
+    assert str(after) in world.b.xml(instance)
+    world.confirm(instance)
+    world.expect_one(instance, world.b)
