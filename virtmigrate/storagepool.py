@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ LOG = logging.getLogger(__name__)
 
 CHUNK = 262_120
 """What one message of libvirt's protocol carries; the fastest size to send."""
+
+_NONCE_AGE = 3600.0
+"""Seconds after which a nonce is one that a killed process left."""
 
 T = TypeVar("T")
 
@@ -226,7 +230,7 @@ class Pool:
 
         What a killed process leaves of it, `remove_nonces` removes.
         """
-        name = f"{self._nonces}{uuid.uuid4().hex}"
+        name = f"{self._nonces}{time.time():.0f}.{uuid.uuid4().hex}"
         self.create_raw(name, 0)
         try:
             yield name
@@ -234,10 +238,12 @@ class Pool:
             self.delete(name)
 
     def remove_nonces(self) -> None:
-        """Remove this host's nonces. A proof that loses its nonce fails, safely."""
+        """Remove this host's old nonces; another process may be using a new one."""
         for name in self.names():
             if name.startswith(self._nonces):
-                self.delete(name)
+                made = name.removeprefix(self._nonces).partition(".")[0]
+                if made.isdecimal() and time.time() - int(made) > _NONCE_AGE:
+                    self.delete(name)
 
     @property
     def _nonces(self) -> str:

@@ -98,7 +98,7 @@ class Node:
         for name, value in values.items():
             conf.set_override(name, value, options.GROUP)
         for name, value in {"path": str(self.path), **self.backend}.items():
-            conf.set_override(name, value, "default")
+            conf.set_override(name, value, "local")
         return conf
 
     def peer_uri(self) -> str:

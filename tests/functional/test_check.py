@@ -101,7 +101,7 @@ def test_as_a_service_user(command: Command, service: Host, box: Sandbox) -> Non
         f"[virtmigrate]\nuri = {service.local_uri}\naddress = {service.name}\n"
         f"virt_type = qemu\nstate_path = {box.home}/state\n"
         f"peer_uri = {service.uri.replace(service.name, '{dest}', 1)}\n"
-        f"[default]\npath = {service.storage}/vm\n"
+        f"[local]\npath = {service.storage}/vm\n"
     )
     reachable(command.file)
     argv = command.argv("host", "check", "-f", "json")
@@ -119,3 +119,21 @@ def reachable(file: Path) -> None:
     for directory in file.parents[:5]:
         directory.chmod(directory.stat().st_mode | 0o055)
     file.chmod(0o644)
+
+
+def test_only_old_nonces_are_reclaimed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`host check` beside a service's proof must not make that fail."""
+    pool = world.a.driver.node.files.disks
+    others = ["1234.raw", "nonce.other.1234.0", f"nonce.{world.a.host.name}.x"]
+    for name in others:
+        pool.create_raw(name, 0)
+    monkeypatch.setattr("virtmigrate.storagepool._NONCE_AGE", 60.0)
+    with pool.nonce() as name:
+        world.a.driver.settle()
+        assert pool.has(name)
+        monkeypatch.setattr("virtmigrate.storagepool._NONCE_AGE", -1.0)
+        world.a.driver.settle()
+        assert not pool.has(name)
+    assert set(others) <= set(pool.names())
