@@ -138,7 +138,7 @@ class Demo:
             ("peer_uri", host.uri.replace(host.name, "{dest}", 1)),
         ):
             conf.set_override(name, value, options.GROUP)
-        conf.set_override("path", str(host.storage / "vm"), "default")
+        conf.set_override("path", str(host.storage / "vm"), "local")
         driver = VirtMigrateDriver(conf=conf, progress=lambda: self._progress)
         driver.init_host(host.name)
         return driver

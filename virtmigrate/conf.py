@@ -173,7 +173,7 @@ transfer_opts = [
 backend_list_opts = [
     cfg.ListOpt(
         "enabled_backends",
-        default=["default"],
+        default=["local"],
         help="Backends of this host; each has a group of options of this name.",
     ),
     cfg.StrOpt(
@@ -236,7 +236,7 @@ ALL_HOST_OPTS = [
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
     """Return all options for oslo-config-generator."""
-    return [(GROUP, ALL_HOST_OPTS), ("default", backend_opts)]
+    return [(GROUP, ALL_HOST_OPTS), ("local", backend_opts)]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -293,7 +293,7 @@ def transfer_uri(conf: cfg.ConfigOpts, dest: str) -> str:
 
 # Private
 
-_RESERVED = {GROUP, "DEFAULT", "default_group", "oslo_concurrency", "database"}
+_RESERVED = {GROUP, "DEFAULT", "default", "default_group", "oslo_concurrency", "database"}
 _DEST = re.compile(r"^[A-Za-z0-9.:\[\]_-]{1,255}$")
 
 

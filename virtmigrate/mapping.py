@@ -21,7 +21,7 @@ def wanted(instance: Any, image_meta: Any, network_info: Any, *, owner: str) -> 
     fmt = _field(image_meta, "disk_format", "raw")
     if fmt != "raw":
         raise errors.Unsupported(
-            backend="default",
+            backend="local",
             operation=f"make a disk of a {fmt} image",
             reason="only raw images can be spawned from",
         )

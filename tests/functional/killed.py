@@ -72,7 +72,7 @@ def driver(settings: dict[str, Any]) -> VirtMigrateDriver:
     for name, value in settings["values"].items():
         conf.set_override(name, value, options.GROUP)
     for name, value in settings["backend"].items():
-        conf.set_override(name, value, "default")
+        conf.set_override(name, value, "local")
     made = VirtMigrateDriver(conf=conf)
     made.init_host(settings["values"]["address"])
     return made

@@ -112,7 +112,7 @@ def everything(backend: base.Backend) -> list[str]:
 
 def test_unknown_kind(tmp_path: Path, opened: host.Host) -> None:
     path = tmp_path / "virtmigrate.conf"
-    path.write_text("[default]\nkind = tape\n")
+    path.write_text("[local]\nkind = tape\n")
     with pytest.raises(errors.ConfigurationError, match="tape"):
         backends.load(conf.load(path), opened)
 

@@ -28,7 +28,7 @@ class Command:
         self.file = directory / "virtmigrate.conf"
         (directory / "peers").mkdir(parents=True)
         self.file.write_text(configuration(world))
-        peer = f"[default]\npath = {world.b.path}\n"
+        peer = f"[local]\npath = {world.b.path}\n"
         (directory / f"peers/{world.b.host.name}.conf").write_text(peer)
 
     def argv(self, *words: str) -> list[str]:
@@ -53,7 +53,7 @@ def configuration(world: World) -> str:
     names += ["call_timeout", "connect_timeout", "record_grace"]
     lines = [f"{name} = {conf.virtmigrate[name]}" for name in names]
     lines += ["shutdown_timeout = 2", "shutdown_retry_interval = 1"]
-    return "\n".join(["[virtmigrate]", *lines, "[default]", f"path = {world.a.path}"])
+    return "\n".join(["[virtmigrate]", *lines, "[local]", f"path = {world.a.path}"])
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_peer_goes_away_after_the_hand_over(world: World, command: Command) -> N
             if line.startswith("handing over"):
                 child.send_signal(signal.SIGSTOP)
                 break
-        pool = conn.storagePoolLookupByName("virtmigrate-default-disks")
+        pool = conn.storagePoolLookupByName("virtmigrate-local-disks")
         pool.destroy()
         child.send_signal(signal.SIGCONT)
         rest = child.stderr.read()

@@ -187,7 +187,7 @@ def test_a_confirmed_move_is_not_reverted(world: World) -> None:
     """The confirm dies halfway and the peer closes: still never two."""
     instance = world.spawn(world.a)
     world.finish(instance, world.migrate(instance))
-    broken = world.a.driver.node.backends["default"]
+    broken = world.a.driver.node.backends["local"]
     remove = broken.remove
     broken.remove = dying  # type: ignore[method-assign]
     with pytest.raises(OSError, match="died"):

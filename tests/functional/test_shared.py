@@ -115,7 +115,7 @@ def test_what_was_not_fsynced_is_not_confirmed(twins: World) -> None:
 
 def define_pools(node: Node, uuids: dict[str, str]) -> None:
     for area in ("disks", "incoming", "records"):
-        name = f"virtmigrate-default-{area}"
+        name = f"virtmigrate-local-{area}"
         number = uuids.setdefault(name, str(uuid.uuid4()))
         with node.libvirt() as conn:
             conn.storagePoolDefineXML(

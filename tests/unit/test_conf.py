@@ -19,7 +19,7 @@ SECONDS = 60
 
 OPTIONS = [
     *((conf.GROUP, opt) for opt in conf.ALL_HOST_OPTS),
-    *(("default", opt) for opt in conf.backend_opts),
+    *(("local", opt) for opt in conf.backend_opts),
 ]
 NUMBERS = [each for each in OPTIONS if isinstance(each[1], cfg.IntOpt | cfg.FloatOpt)]
 
@@ -106,9 +106,9 @@ def test_numbers_have_bounds(tmp_path: Path, group: str, opt: cfg.Opt) -> None:
     ("group", "line"),
     [
         (conf.GROUP, "virt_type = xen"),
-        ("default", "volume_mode = 644"),
-        ("default", "volume_mode = 06440"),
-        ("default", "volume_mode = 0888"),
+        ("local", "volume_mode = 644"),
+        ("local", "volume_mode = 06440"),
+        ("local", "volume_mode = 0888"),
         (conf.GROUP, "peer_uris = beta"),
     ],
 )
@@ -143,6 +143,7 @@ def test_help_is_a_sentence(group: str, opt: cfg.Opt) -> None:
     [
         "virtmigrate",
         "DEFAULT",
+        "default",
         "database",
         "oslo_concurrency",
         "Fast",
@@ -176,7 +177,7 @@ def test_backends_once_each(tmp_path: Path, line: str) -> None:
 def test_registering_twice_is_nothing_new() -> None:
     found = conf.load()
     conf.register(found)
-    assert found["default"].kind == "dir"
+    assert found["local"].kind == "dir"
 
 
 # Peers
