@@ -293,7 +293,7 @@ def transfer_uri(conf: cfg.ConfigOpts, dest: str) -> str:
 
 # Private
 
-_RESERVED = {GROUP, "DEFAULT", "default", "default_group", "oslo_concurrency", "database"}
+_RESERVED = {GROUP, "DEFAULT", "default", "default_group", "database"}
 _DEST = re.compile(r"^[A-Za-z0-9.:\[\]_-]{1,255}$")
 
 

@@ -34,7 +34,7 @@ def test_all_works(command: Command) -> None:
     rows = by_name(command.json("host", "check", "--peer", "beta"))
     assert {row["result"] for row in rows.values()} == {"works"}, rows
     assert "QEMU" in rows["libvirt"]["detail"]
-    assert rows["backend default: reading disks"]["detail"] == "directly"
+    assert rows["backend local: reading disks"]["detail"] == "directly"
     assert "days left" in rows["certificate clientcert.pem"]["detail"]
     assert rows["peer beta: encryption"]["detail"] == "yes"
     assert "release" in rows["peer beta: card"]["detail"]
@@ -110,7 +110,7 @@ def test_as_a_service_user(command: Command, service: Host, box: Sandbox) -> Non
     rows = by_name(json.loads(done.stdout))
     assert "as mover" in rows["libvirt"]["detail"]
     assert rows["state_path"]["result"] == "works"
-    assert rows["backend default: rights"]["result"] == "warning"
+    assert rows["backend local: rights"]["result"] == "warning"
     assert rows["certificate clientcert.pem"]["result"] == "works"
 
 

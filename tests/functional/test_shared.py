@@ -79,7 +79,7 @@ def twins(world: World) -> Iterator[World]:
     world.close()
     path = world.tmp / "golden"
     path.mkdir()
-    uuids = {}
+    uuids: dict[str, str] = {}
     for node in (world.a, world.b):
         node.host.run(["mount", "-t", "tmpfs", "tmpfs", str(path)])
         node.path = path / "vm"
