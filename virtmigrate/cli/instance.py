@@ -38,23 +38,7 @@ class Adopt(command.Lister):
         parser.add_argument(
             "--dry-run", action="store_true", help="show what would be done; do nothing"
         )
-        parser.add_argument(
-            "--disk",
-            action="append",
-            default=[],
-            type=chain,
-            metavar="TARGET=FORMAT:PATH,...",
-            help="the whole chain of a disk, top first: vda=qcow2:/a/top,raw:/a/base",
-        )
-        parser.add_argument(
-            "--size",
-            action="append",
-            default=[],
-            type=labelled_size,
-            metavar="TARGET=SIZE",
-            help="the virtual size of a qcow2 disk: vda=20G; vda[1] is the layer below "
-            "it. Needed where no running QEMU tells it",
-        )
+        _add_values(parser)
         parser.add_argument(
             "--private-chain",
             action="store_true",
@@ -103,6 +87,27 @@ def labelled_size(text: str) -> tuple[str, int]:
 
 
 # Private
+
+
+def _add_values(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the XML leaves open."""
+    parser.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        type=chain,
+        metavar="TARGET=FORMAT:PATH,...",
+        help="the whole chain of a disk, top first: vda=qcow2:/a/top,raw:/a/base",
+    )
+    parser.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        type=labelled_size,
+        metavar="TARGET=SIZE",
+        help="the virtual size of a qcow2 disk: vda=20G; vda[1] is the layer below "
+        "it. Needed where no running QEMU tells it",
+    )
 
 
 def _layer(text: str) -> domainxml.Layer:
