@@ -9,7 +9,7 @@ from virtmigrate.cli import command, outcome
 
 
 class Check(command.Lister):
-    """Show what works and what does not on this host, and towards a peer
+    """Show what works and what does not on this host, and towards a peer.
 
     Ends with 1 when something does not work. The remedy stands beside it.
     """

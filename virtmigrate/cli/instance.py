@@ -10,7 +10,7 @@ from virtmigrate.formats import DiskFormat
 
 
 class List(command.Lister):
-    """Show the instances of this host, and domains that have no record
+    """Show the instances of this host, and domains that have no record.
 
     State is the record's: "here" may run here, "away" was handed over, "leaving" is
     in a move, "gone" came here and was given back. What has "no record" can be
@@ -24,7 +24,7 @@ class List(command.Lister):
 
 
 class Adopt(command.Lister):
-    """Make records for a domain that something else made
+    """Make records for a domain that something else made.
 
     Formats and backing chains are taken from the domain's XML where it names them,
     and from --disk where it does not; headers are never read, because a guest may

@@ -44,7 +44,7 @@ def whole(unit: int, called: str) -> Any:
 
 
 class Migrate(command.ShowOne):
-    """Move an instance to another host, and grow it there if asked
+    """Move an instance to another host, and grow it there if asked.
 
     A guest that runs is shut down, its disks are copied and proven, and it is
     started on DEST. Before the hand-over any failure, and Ctrl-C, puts it back. An
@@ -121,7 +121,7 @@ class Confirm(command.ShowOne):
 
 
 class Revert(command.ShowOne):
-    """Take an instance back from the host that it was moved to
+    """Take an instance back from the host that it was moved to.
 
     It is removed there, and goes on here from where it was when it left: what it
     wrote there is lost.
