@@ -149,6 +149,14 @@ timeout_opts = [
         "finished, is removed. Longer than the longest copy takes.",
     ),
     cfg.FloatOpt(
+        "settle_interval",
+        default=300.0,
+        min=0,
+        max=86400,
+        help="Seconds between two attempts to finish or undo what a failure left "
+        "here or at a peer that was away. 0: only at the start.",
+    ),
+    cfg.FloatOpt(
         "event_interval",
         default=2.0,
         min=0.1,
@@ -293,7 +301,14 @@ def transfer_uri(conf: cfg.ConfigOpts, dest: str) -> str:
 
 # Private
 
-_RESERVED = {GROUP, "DEFAULT", "default", "default_group", "database"}
+_RESERVED = {
+    GROUP,
+    "DEFAULT",
+    "default",
+    "default_group",
+    "database",
+    "oslo_concurrency",
+}
 _DEST = re.compile(r"^[A-Za-z0-9.:\[\]_-]{1,255}$")
 
 

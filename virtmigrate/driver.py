@@ -6,16 +6,16 @@ and nothing of Nova is needed: objects are read by their attributes, additional
 keyword arguments are tolerated, because Nova's signatures drift.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from oslo_config import cfg
+from oslo_log import log as logging
 
 from virtmigrate import (
     conf as options,
 )
-from virtmigrate import errors, events, inventory, mapping, node, spawning
+from virtmigrate import errors, events, inventory, mapping, node, periodic, spawning
 from virtmigrate.host import Host
 from virtmigrate.instance import Info
 from virtmigrate.migration import source, target
@@ -52,6 +52,7 @@ class VirtMigrateDriver:
         self._node: node.Node | None = None
         self._peers: dict[str, Peer] = {}
         self._events = events.Poller(lambda: self.node)
+        self._settling = periodic.Periodic("virtmigrate-settle")
 
     @property
     def node(self) -> node.Node:
@@ -70,11 +71,15 @@ class VirtMigrateDriver:
         self._source = source.Source(self._node, self._peer)
         self._target = target.Target(self._node)
         self.settle()
+        interval = float(self._node.options.settle_interval)
+        if interval:
+            self._settling.start(self.settle, interval, first=interval)
 
     def settle(self) -> list[str]:
         """Finish or undo what a failure left, on this host; return what remains.
 
-        To be called from time to time: peers come back, and debts are paid.
+        Called at the start and every `settle_interval` seconds: peers come back,
+        and debts are paid.
         """
         for backend in self.node.backends.values():
             backend.disks.remove_nonces()
@@ -84,6 +89,7 @@ class VirtMigrateDriver:
     def cleanup_host(self, host: str, **_: object) -> None:
         """Close all connections."""
         self._events.stop()
+        self._settling.stop()
         for peer in self._peers.values():
             peer.host.close()
         self._peers.clear()
@@ -311,10 +317,15 @@ class VirtMigrateDriver:
         migration: object = None,
         block_device_info: object = None,
         power_on: bool = True,
+        peer_is_lost: bool = False,
         **_: object,
     ) -> None:
-        """Take the instance back, as it was when it was powered off."""
-        self._source.revert(instance.uuid, power_on=power_on)
+        """Take the instance back, as it was when it was powered off.
+
+        `peer_is_lost` is an operator's word that the peer will never run it: it
+        counts only where the peer cannot be asked.
+        """
+        self._source.revert(instance.uuid, power_on=power_on, peer_is_lost=peer_is_lost)
 
     def open_operations(self) -> list[tuple[str, str, str, str]]:
         """Return (operation, instance, peer, newest step) of moves not over."""

@@ -6,14 +6,13 @@ its receive queue grow without bound.
 """
 
 import enum
-import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import libvirt
+from oslo_log import log as logging
 
-from virtmigrate import errors, node
+from virtmigrate import errors, node, periodic
 
 LOG = logging.getLogger(__name__)
 
@@ -42,46 +41,30 @@ class Poller:
 
     def __init__(self, here: Callable[[], node.Node]) -> None:
         self._here = here
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._periodic = periodic.Periodic("virtmigrate-events")
+        self._before: dict[str, str] | None = None
 
     def start(self, callback: Callable[[Event], object], interval: float) -> None:
         """Look every `interval` seconds; a second start replaces the first."""
         self.stop()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(callback, interval, self._stop),
-            name="virtmigrate-events",
-            daemon=True,
-        )
-        self._thread.start()
+        self._before = None
+        self._periodic.start(lambda: self._compare(callback), interval, first=0)
 
     def stop(self) -> None:
         """End the thread; bounded by one look."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._periodic.stop()
 
     # Private
 
-    def _run(
-        self,
-        callback: Callable[[Event], object],
-        interval: float,
-        stop: threading.Event,
-    ) -> None:
-        before: dict[str, str] | None = None
-        while not stop.is_set():
-            try:
-                now = self._look()
-            except errors.Error as e:
-                LOG.warning("looking for events: %s", e)
-            else:
-                _tell(callback, changes(now if before is None else before, now))
-                before = now
-            stop.wait(interval)
+    def _compare(self, callback: Callable[[Event], object]) -> None:
+        try:
+            now = self._look()
+        except errors.Error as e:
+            LOG.warning("looking for events: %s", e)
+            return
+        before = now if self._before is None else self._before
+        self._before = now
+        _tell(callback, changes(before, now))
 
     def _look(self) -> dict[str, str]:
         with self._here().host.session("looking for events") as session:

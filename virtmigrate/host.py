@@ -3,7 +3,6 @@
 
 import atexit
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import libvirt
+from oslo_log import log as logging
 
 from virtmigrate import address, connection, errors, translation, watchdog
 

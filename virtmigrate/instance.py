@@ -3,12 +3,12 @@
 
 import contextlib
 import enum
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import libvirt
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors
 from virtmigrate.host import Host

@@ -8,7 +8,6 @@ when the operation is over and owes nothing.
 
 import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import blake3
+from oslo_log import log as logging
 
 from virtmigrate import errors
 

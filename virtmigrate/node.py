@@ -2,13 +2,13 @@
 """All that belongs to one host, put together from its configuration."""
 
 import contextlib
-import logging
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from oslo_config import cfg
+from oslo_log import log as logging
 
 from virtmigrate import (
     __version__,

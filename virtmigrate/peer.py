@@ -6,9 +6,8 @@ goes over `transfer_uri`, so that an unprivileged libvirtd can serve it. At the
 peer only volumes named after our own operation are made or removed.
 """
 
-import logging
-
 import libvirt
+from oslo_log import log as logging
 
 from virtmigrate import errors, manifest, model, node, record, storagepool, stream, xml
 from virtmigrate.host import Host

@@ -59,7 +59,8 @@ class Progress:
             raise errors.Cancelled
 
     def phase(self, name: str, total: int = 0) -> None:
-        """Begin a phase of `total` bytes."""
+        """Begin a phase of `total` bytes; a wish to cancel ends the work here, too."""
+        self.check()
         self._phase, self._total, self._done = name, total, 0
         self._began = time.monotonic()
         self._tell()

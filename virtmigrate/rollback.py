@@ -2,9 +2,10 @@
 """Undo what was done, newest first, when a later step fails."""
 
 import contextlib
-import logging
 from collections.abc import Callable
 from types import TracebackType
+
+from oslo_log import log as logging
 
 LOG = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A new instance: its volumes from files, its record, its domain."""
 
-import logging
 import uuid as uuids
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, node, stream
 from virtmigrate.backends import base

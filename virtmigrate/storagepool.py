@@ -6,7 +6,6 @@ finds them by looking into the bytes, and a guest may have written those.
 """
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import TypeVar
 import libvirt
 import tenacity
 from lxml import etree
+from oslo_log import log as logging
 
 from virtmigrate import errors
 from virtmigrate.host import Host, Session

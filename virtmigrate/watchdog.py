@@ -5,11 +5,12 @@ A thread in a libvirt call sits in C until the peer answers. One thread for the
 whole process watches all deadlines and cuts what is overdue from outside.
 """
 
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable
+
+from oslo_log import log as logging
 
 LOG = logging.getLogger(__name__)
 

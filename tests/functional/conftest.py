@@ -93,6 +93,7 @@ class Node:
             "call_timeout": 15.0,
             "connect_timeout": 5.0,
             "record_grace": 2.0,
+            "settle_interval": 0.0,
             **self.overrides,
         }
         for name, value in values.items():

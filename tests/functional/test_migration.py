@@ -2,6 +2,7 @@
 """Cold migration between two real hosts."""
 
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -210,7 +211,7 @@ def test_a_lost_transfer_record_is_no_right_to_run(world: World) -> None:
     for path in (world.b.path / "mailbox").rglob("*.rec.*"):
         if not path.name.startswith("host."):
             path.unlink()
-    with pytest.raises(errors.NotRevertible, match="lost the record"):
+    with pytest.raises(errors.MigrationUndecided, match="lost the record"):
         world.a.driver.finish_revert_migration(None, instance)
     assert world.a.state_of(instance) is None
 
@@ -344,3 +345,45 @@ def test_uefi_variables_go_along(world: World) -> None:
     assert str(after) in world.b.xml(instance)
     world.confirm(instance)
     world.expect_one(instance, world.b)
+
+
+def test_an_operators_word_that_the_peer_is_lost(world: World) -> None:
+    """It counts while the peer is away; what the peer has then stays untouched."""
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    with pytest.raises(errors.NotRevertible, match="has it"):
+        world.a.driver.finish_revert_migration(None, instance, peer_is_lost=True)
+    there = world.b.disk(instance)
+    world.b.host.stop_libvirtd()
+    try:
+        world.a.driver.finish_revert_migration(None, instance, peer_is_lost=True)
+        assert world.a.state_of(instance) == "running"
+    finally:
+        world.b.host.start_libvirtd()
+    (left,) = world.a.driver.settle() or [""]
+    assert there.exists()
+    assert len(world.a.driver.open_operations()) == 1, left
+    world.b.driver.destroy(None, instance, None)
+    world.expect_one(instance, world.a)
+
+
+def test_debts_are_paid_from_time_to_time(world: World) -> None:
+    world.a.overrides["settle_interval"] = 0.2
+    instance = world.spawn(world.a)
+    world.migrate(instance)
+    world.a.new_driver()
+    try:
+        world.b.host.stop_libvirtd()
+        try:
+            with pytest.raises(errors.MigrationUndecided):
+                world.a.driver.finish_revert_migration(None, instance)
+        finally:
+            world.b.host.start_libvirtd()
+        deadline = time.monotonic() + 20
+        while world.a.state_of(instance) != "running" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert world.a.state_of(instance) == "running"
+    finally:
+        world.a.driver.cleanup_host("alpha")
+        world.a.overrides["settle_interval"] = 0.0
+        world.a.new_driver()

@@ -25,6 +25,7 @@ FLOORS = {
     "model": 1,
     "manifest": 1,
     "progress": 1,
+    "periodic": 1,
     # A host, what lies in its pools, and what is kept of it.
     "domainxml": 2,
     "connection": 2,

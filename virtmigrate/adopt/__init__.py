@@ -15,7 +15,7 @@ A failure undoes them. A killed run leaves records without an instance: adopting
 again takes them over. The files themselves are never touched.
 """
 
-import logging
+from oslo_log import log as logging
 
 from virtmigrate import node
 from virtmigrate.adopt import planner, runner

@@ -2,9 +2,10 @@
 """What is to be recorded, and all that stands against it."""
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from pathlib import PurePath
+
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, node, xml
 from virtmigrate.adopt import checks, values

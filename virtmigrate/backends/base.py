@@ -7,9 +7,10 @@ kinds are data, asked before acting: `capabilities`.
 
 import abc
 import contextlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, record, storagepool
 from virtmigrate.formats import DiskFormat

@@ -6,9 +6,10 @@ upload makes libvirt open every file of the pool that it went to, so disks must
 not lie where uploads go.
 """
 
-import logging
 import os
 from pathlib import Path
+
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, model, storagepool
 from virtmigrate.backends import base

@@ -32,10 +32,9 @@ class Work(progress.Progress):
     bound = False
     """It is too late to cancel: what was begun is finished."""
 
-    def phase(self, name: str, total: int = 0) -> None:
+    def check(self) -> None:
         if not self.bound:
-            self.check()
-        super().phase(name, total)
+            super().check()
 
 
 class Display:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding an instance by what a person calls it, and whom it belongs to."""
 
-import logging
+from oslo_log import log as logging
 
 from virtmigrate import errors, model, node
 

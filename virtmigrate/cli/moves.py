@@ -2,11 +2,12 @@
 """`instance migrate`, `confirm` and `revert`: a move, its end and its way back."""
 
 import argparse
-import logging
 import re
 import time
 import types
 from typing import Any
+
+from oslo_log import log as logging
 
 from virtmigrate import errors, model
 from virtmigrate.cli import command, display, instances, outcome
@@ -133,25 +134,38 @@ class Revert(command.ShowOne):
         parser.add_argument(
             "--off", action="store_true", help="do not start it here, even if it ran"
         )
+        parser.add_argument(
+            "--peer-is-lost",
+            action="store_true",
+            help="the peer cannot be asked, and will never run the instance: with a "
+            "peer that does, there are two",
+        )
         command.add_override(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        lost = parsed_args.peer_is_lost
         with self.open() as session:
             here = session.here()
             record = instances.find(here.node, parsed_args.instance)
             override = parsed_args.unmanaged_override
             instances.demand_ours(record, "revert", override=override)
             operation, dest, _step = _open_move(here, record)
-            there = session.peer(dest)
-            # Not destroy(): that would remove an instance that is not this move's.
-            with there.node.claimed(record.uuid):
-                target.Target(there.node).give_back(record.uuid)
-            here.finish_revert_migration(None, record, power_on=not parsed_args.off)
+            if not lost:
+                _give_back(session.peer(dest), record)
+            here.finish_revert_migration(
+                None, record, power_on=not parsed_args.off, peer_is_lost=lost
+            )
             return command.columns(_brief(record, here, operation))
 
 
 # Private
+
+
+def _give_back(there: VirtMigrateDriver, record: model.Instance) -> None:
+    # Not destroy(): that would remove an instance that is not this move's.
+    with there.node.claimed(record.uuid):
+        target.Target(there.node).give_back(record.uuid)
 
 
 class _Move:

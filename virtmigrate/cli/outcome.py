@@ -12,7 +12,8 @@ that it reports is not in order.
 """
 
 import enum
-import logging
+
+from oslo_log import log as logging
 
 from virtmigrate import errors
 

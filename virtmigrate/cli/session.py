@@ -7,13 +7,13 @@ directories differ), then what makes it the peer: URI, address, state_path.
 """
 
 import contextlib
-import logging
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 from oslo_config import cfg
+from oslo_log import log as logging
 
 from virtmigrate import conf as options
 from virtmigrate import errors, node

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One move, from its plan to its ticket; and its end, when it is confirmed."""
 
-import logging
-
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import errors, model, node, record, stream
 from virtmigrate.backends import base

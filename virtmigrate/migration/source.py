@@ -13,13 +13,14 @@ Steps in the journal of a departure:
     returned    the caller was told
     restored    the instance is back; what is left is owed at the peer
     reverting   the caller wants it back, and the peer could not be asked
+    abandoned   an operator said that the peer, which can't be asked, is lost
     confirmed   it never comes back; what is left is to remove its volumes here
 """
 
-import logging
 from collections.abc import Callable, Iterator
 
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import errors, model, node
 from virtmigrate.journal import Journal, load_all
@@ -84,11 +85,14 @@ class Source:
             )
             departure.confirm()
 
-    def revert(self, uuid: str, *, power_on: bool = True) -> None:
+    def revert(
+        self, uuid: str, *, power_on: bool = True, peer_is_lost: bool = False
+    ) -> None:
         """Take the instance back after the peer gave it back, or before it took it.
 
         Can be called at any time, from any half-done state. Raises NotRevertible
-        while the peer has it, MigrationUndecided when the peer can't be asked.
+        while the peer has it, MigrationUndecided when the peer can't be asked,
+        unless an operator says, by peer_is_lost, that it never runs it again.
         """
         with self._here.claimed(uuid):
             journal = self._find(uuid)
@@ -96,7 +100,7 @@ class Source:
                 self._here.entitled(uuid)
                 return
             try:
-                self._undo(journal, power_on=power_on)
+                self._undo(journal, power_on=power_on, peer_is_lost=peer_is_lost)
             except errors.MigrationUndecided:
                 journal.done("reverting", power_on=power_on)
                 raise
@@ -226,8 +230,11 @@ class Source:
             debts=owed,
         ) from error
 
-    def _undo(self, journal: Journal, *, power_on: bool = True) -> str:
-        return Undo(self._here, journal, self._peer_of).run(power_on=power_on)
+    def _undo(
+        self, journal: Journal, *, power_on: bool = True, peer_is_lost: bool = False
+    ) -> str:
+        undo = Undo(self._here, journal, self._peer_of)
+        return undo.run(power_on=power_on, peer_is_lost=peer_is_lost)
 
     def _recover_now(self, operation: str) -> None:
         """Recover what is left now: who held the claim until now went on with it."""

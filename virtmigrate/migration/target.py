@@ -5,10 +5,10 @@ There is no journal here: the transfer's record, in this host's own mailbox, say
 how far it is, and each step looks whether it is done.
 """
 
-import logging
 import time
 
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, node, peer, record
 from virtmigrate.backends import base

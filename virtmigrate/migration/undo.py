@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put an instance back where it was, and remove what its move made."""
 
-import logging
 from collections.abc import Callable
 
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import errors, model, node, record
 from virtmigrate.instance import Power
@@ -31,7 +31,7 @@ class Undo:
         self._original = facts.original(journal)
         self._transfer = facts.transfer(journal)
 
-    def run(self, *, power_on: bool) -> str:
+    def run(self, *, power_on: bool, peer_is_lost: bool = False) -> str:
         """Undo; return what is still owed at the peer, "" when nothing is.
 
         Raises MigrationUndecided, NotRevertible: nothing was done.
@@ -40,7 +40,7 @@ class Undo:
             raise self._not_revertible("it is confirmed")
         if not self._journal.has("restored"):
             if self._journal.has("giving"):
-                self._take_back()
+                self._win_back(peer_is_lost)
             self._restore(power_on)
             self._drop_layers()
             facts.drop_memory(self._here, self._journal)
@@ -48,6 +48,20 @@ class Undo:
         return self._clean_peer()
 
     # Private
+
+    def _win_back(self, peer_is_lost: bool) -> None:
+        try:
+            self._take_back()
+        except errors.MigrationUndecided as e:
+            if not peer_is_lost:
+                raise
+            self._journal.done("abandoned")
+            LOG.warning(
+                "operation=%s instance=%s is taken back on an operator's word: %s",
+                self._journal.operation,
+                self._original.uuid,
+                e,
+            )
 
     def _take_back(self) -> None:
         """Win the right back from the transfer's record."""
@@ -78,10 +92,7 @@ class Undo:
         A record that was there and is gone proves nothing: the peer may run it.
         """
         if self._journal.has("given"):
-            raise self._not_revertible(
-                f"{self._transfer.peer} has lost the record of the transfer, so it "
-                "cannot tell whether it has the instance. Look there"
-            )
+            raise self._undecided("it has lost the record of the transfer")
 
     def _not_revertible(self, reason: str) -> errors.NotRevertible:
         return errors.NotRevertible(
@@ -97,7 +108,7 @@ class Undo:
         except errors.HostError as e:
             raise self._undecided(e) from e
 
-    def _undecided(self, error: errors.Error) -> errors.MigrationUndecided:
+    def _undecided(self, error: errors.Error | str) -> errors.MigrationUndecided:
         return errors.MigrationUndecided(
             instance=self._original.uuid,
             operation=self._journal.operation,
@@ -149,6 +160,9 @@ class Undo:
         """Remove our volumes and our record there; what fails stays owed."""
         if self._journal.has("reserving"):
             try:
+                if self._journal.has("abandoned"):
+                    # It is back, against the operator's word: never touch what it has.
+                    self._take_back()
                 there = self._connect(self._journal)
                 there.remove_volumes(self._transfer, facts.card(self._journal))
                 there.forget(self._journal.operation)
