@@ -170,7 +170,7 @@ class VirtMigrateDriver:
         with self.node.claimed(uuid):
             if self._target.give_back(uuid):
                 return
-            self._source.demand_still(uuid)
+            self.node.demand_settled(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             if destroy_disks:
@@ -232,10 +232,13 @@ class VirtMigrateDriver:
             self.node.domains.start(uuid)
 
     def pause(self, instance: Any, **_: object) -> None:
-        self.node.domains.pause(instance.uuid)
+        with self.node.claimed(instance.uuid):
+            self.node.domains.pause(instance.uuid)
 
     def unpause(self, instance: Any, **_: object) -> None:
-        self.node.domains.unpause(instance.uuid)
+        with self.node.claimed(instance.uuid):
+            self.node.entitled(instance.uuid)
+            self.node.domains.unpause(instance.uuid)
 
     def suspend(self, context: object, instance: Any, **_: object) -> None:
         """Keep its memory in libvirt's managed save."""

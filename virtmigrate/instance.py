@@ -70,6 +70,14 @@ class Domains:
         except errors.InstanceNotFound:
             return False
 
+    def is_defined(self, uuid: str) -> bool:
+        """Tell whether it has a configuration that outlives its running."""
+        try:
+            with self._domain(uuid, "looking for it") as domain:
+                return bool(domain.isPersistent())
+        except errors.InstanceNotFound:
+            return False
+
     def holder(self, name: str) -> str | None:
         """Return the UUID of the domain that has this name, or None."""
         return {found: uuid for uuid, found in self.all()}.get(name)
@@ -209,43 +217,39 @@ class Domains:
         with self.host.session(f"restoring {path}", timeout=3600) as session:
             session.conn.restoreFlags(path, None, flags)
 
-    def commit_layer(self, uuid: str, target: str) -> None:
+    def commit_layer(self, uuid: str, target: str, below: str) -> bool:
         """Merge the top layer of a running guest's disk into the one below it.
 
-        Can be called again while the job runs, and after it ended. Raises
-        HostTimeout when the job does not get ready; the layer is then kept.
+        Arguments:
+            below: the source of the layer that is to be the top.
+        Returns whether it is the top now. False: QEMU is still at it; call again.
         """
         with self._domain(uuid, f"merging the layer of {target}") as domain:
-            if not domain.blockJobInfo(target, 0) and _layers(domain, target) > 1:
+            if _top(domain, target) == below:
+                return True
+            if not domain.blockJobInfo(target, 0):
                 flags = (
                     libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
                     | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
                 )
                 domain.blockCommit(target, None, None, 0, flags)
         deadline = time.monotonic() + _COMMIT_TIMEOUT
-        while not self._pivoted(uuid, target):
+        while not self._pivoted(uuid, target, below):
             if time.monotonic() > deadline:
-                raise errors.HostTimeout(
-                    host=self.host.name,
-                    seconds=_COMMIT_TIMEOUT,
-                    doing=f"merging the layer of {target}",
-                )
+                return False
             time.sleep(0.1)
+        return True
 
     # Private
 
-    def _pivoted(self, uuid: str, target: str) -> bool:
-        """End a commit job that is ready; True when the layer is merged."""
+    def _pivoted(self, uuid: str, target: str, below: str) -> bool:
+        """End a commit job that is ready; True when the lower layer is the top."""
         with self._domain(uuid, f"merging the layer of {target}") as domain:
             job = domain.blockJobInfo(target, 0)
-            if not job:
-                return _layers(domain, target) == 1
-            if job["cur"] == job["end"] and job["end"] > 0:
+            if job and job["cur"] == job["end"] and job["end"] > 0:
                 with contextlib.suppress(libvirt.libvirtError):
-                    domain.blockJobAbort(
-                        target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
-                    )
-            return False
+                    domain.blockJobAbort(target, _PIVOT)
+            return not job and _top(domain, target) == below
 
     @contextlib.contextmanager
     def _domain(
@@ -265,16 +269,17 @@ class Domains:
                     raise
 
 
-_COMMIT_TIMEOUT = 3600.0
+_COMMIT_TIMEOUT = 20.0
+"""Seconds to wait for a merge, holding the instance, before looking again later."""
 _PIVOT = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
 
 
-def _layers(domain: "libvirt.virDomain", target: str) -> int:
-    """Return how many layers the running disk has, as the domain's XML names them."""
+def _top(domain: "libvirt.virDomain", target: str) -> str | None:
+    """Return what a running domain's XML names as the top layer of a disk."""
     for disk in domainxml.disks(domain.XMLDesc(0)):
-        if disk.target == target:
-            return len(disk.chain)
-    return 0
+        if disk.target == target and disk.chain:
+            return disk.chain[0].source
+    return None
 
 
 def _power(domain: "libvirt.virDomain", state: int) -> Power:

@@ -36,6 +36,8 @@ class Role(enum.Enum):
 class InstanceState(enum.Enum):
     HERE = "here"
     """This host has the right to run it."""
+    ARRIVED = "arrived"
+    """So it has, and the source of the move that brought it may get it back."""
     LEAVING = "leaving"
     """A move has stopped it; the right is still here, and the domain is undefined."""
     AWAY = "away"
@@ -55,6 +57,8 @@ class TransferState(enum.Enum):
     """The peer has the instance defined and its volumes durable."""
     CONFIRMED = "confirmed"
     """The source will not take it back."""
+    RETURNING = "returning"
+    """The peer takes its domain and volumes away, to give the right back."""
     RETURNED = "returned"
     """The peer gave the right back; it has no domain any more."""
     WITHDRAWN = "withdrawn"
@@ -129,7 +133,8 @@ class Instance(Struct, frozen=True):
     domain_xml: str | None = None
     """The whole inactive XML while no domain is defined."""
     power: str = "off"
-    """What it was when a move stopped it: running, paused or off."""
+    """What it was when a move stopped it: running, paused or off; "started" once
+    the move's peer did what that asks for."""
     autostart: bool = False
 
 
@@ -184,6 +189,7 @@ class BackendCard(Struct, frozen=True):
     kind: str
     disks: str
     incoming: str
+    records: str
     """Names of its pools."""
     reserved: int = 0
     """Bytes of its room that are left free."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from oslo_config import cfg
 from oslo_log import log as logging
 
@@ -34,6 +35,14 @@ TICKETS = (1,)
 
 MAILBOX = "virtmigrate-mailbox"
 CARD = "host"
+
+
+_RUNNABLE = (model.InstanceState.HERE, model.InstanceState.ARRIVED)
+_OPEN = (
+    model.InstanceState.ARRIVED,
+    model.InstanceState.LEAVING,
+    model.InstanceState.AWAY,
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class Node:
         Raises NotEntitled, RecordMissing.
         """
         found = self.instances.read(uuid).body
-        if found.host != self.name or found.state is not model.InstanceState.HERE:
+        if found.host != self.name or found.state not in _RUNNABLE:
             raise errors.NotEntitled(
                 host=self.name,
                 instance=uuid,
@@ -152,13 +161,45 @@ class Node:
             )
         return found
 
+    def note_confirmed(self, uuid: str) -> None:
+        """Note that an instance stays here, if the source of its move confirmed."""
+        stored = self.instances.find(uuid)
+        if stored is None or stored.body.state is not model.InstanceState.ARRIVED:
+            return
+        if stored.body.host == self.name:
+            transfer = self.mailbox.transfers.find(stored.body.operation)
+            state = transfer.body.state if transfer else None
+            if state is model.TransferState.CONFIRMED:
+                here = model.InstanceState.HERE
+                self.publish_instance(msgspec.structs.replace(stored.body, state=here))
+
+    def demand_settled(self, uuid: str) -> None:
+        """Raise InvalidState while a move of the instance is open on this host.
+
+        What is here may be the only copy, or what a revert needs.
+        """
+        self.note_confirmed(uuid)
+        stored = self.instances.find(uuid)
+        if stored is None or stored.body.host != self.name:
+            return
+        if stored.body.state in _OPEN:
+            raise errors.InvalidState(
+                instance=uuid,
+                host=self.name,
+                state=stored.body.state.value,
+                reason=f"operation {stored.body.operation} is open; confirm or "
+                "revert it first",
+            )
+
     def remove_instance(self, uuid: str) -> None:
         """Remove an instance's volumes and its record; can be called again.
 
-        Only volumes whose records name it as their owner go.
+        Only with a record that it is here, and only volumes whose records name it
+        as their owner.
         """
         stored = self.instances.find(uuid)
-        if stored is not None and stored.body.host != self.name:
+        here = model.InstanceState.HERE
+        if stored is None or (stored.body.host, stored.body.state) != (self.name, here):
             return
         for backend in self.backends.values():
             for name in backend.volumes.names():
@@ -221,5 +262,6 @@ def _card(backend: base.Backend) -> model.BackendCard:
         kind=backend.kind,
         disks=backend.disks.name,
         incoming=backend.incoming.name,
+        records=backend.volumes.pool.name,
         reserved=backend.settings.reserved,
     )

@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 RESERVING = (TransferState.RESERVED, TransferState.GIVEN, TransferState.TAKEN)
 """States in which a transfer's volumes may still grow."""
 
-HELD = (TransferState.TAKEN, TransferState.SETTLED)
+HELD = (TransferState.TAKEN, TransferState.SETTLED, TransferState.RETURNING)
 """States in which the peer has the instance and may have to give it back."""
 
 

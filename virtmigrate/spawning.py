@@ -15,8 +15,11 @@ from virtmigrate.migration.plan import NVRAM
 from virtmigrate.model import InstanceState, Role, VolumeState
 from virtmigrate.progress import Progress
 from virtmigrate.rollback import Rollback
+from virtmigrate.units import KiB, round_up
 
 LOG = logging.getLogger(__name__)
+
+ALIGNMENT = 4 * KiB
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Spawner:
                 raise errors.InstanceExists(
                     instance=wanted.uuid, host=self._here.name, reason="it has a domain"
                 )
+            if self._here.instances.find(wanted.uuid) is not None:
+                raise errors.InstanceExists(
+                    instance=wanted.uuid, host=self._here.name, reason="it has a record"
+                )
             with Rollback() as undo:
                 self._build(wanted, undo)
                 if power_on:
@@ -66,7 +73,6 @@ class Spawner:
 
     def _build(self, wanted: Wanted, undo: Rollback) -> None:
         operation = uuids.uuid4().hex[:16]
-        disks = _Volumes(self._here, wanted, operation, undo).make()
         record = model.Instance(
             uuid=wanted.uuid,
             name=wanted.name,
@@ -76,9 +82,13 @@ class Spawner:
             operation=operation,
             memory=wanted.memory,
             vcpus=wanted.vcpus,
-            disks=disks,
+            disks=(),
         )
+        # First, so that destroy finds what a killed spawn left.
         undo.add("remove the instance's record", lambda: self._forget(wanted.uuid))
+        self._here.publish_instance(record)
+        disks = _Volumes(self._here, wanted, operation, undo).make()
+        record = msgspec.structs.replace(record, disks=disks)
         self._here.publish_instance(record)
         undo.add("undefine the domain", lambda: self._undefine(wanted.uuid))
         self._here.domains.define(domainxml.build(self._domain(wanted, record)))
@@ -172,7 +182,8 @@ class _Volumes:
                 state="not made",
                 reason=f"{source} has {length} bytes, and {target} only {size}",
             )
-        volume = self._allocate(target, role, size or length)
+        # QEMU refuses a disk whose end is not aligned as direct I/O needs it.
+        volume = self._allocate(target, role, round_up(size or length, ALIGNMENT))
         self._upload(volume, source, length)
         return self._publish(target, volume)
 

@@ -220,8 +220,8 @@ class Pool:
         volume of a random name made through libvirt must appear here.
         """
         with self._lock:
-            if self._local is None:
-                self._local = self._prove_local()
+            # Only a proof is kept: without one, the next caller tries again.
+            self._local = self._local or self._prove_local()
             return self._local
 
     @contextlib.contextmanager

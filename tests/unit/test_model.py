@@ -76,7 +76,9 @@ CARD = model.HostCard(
     records=(1,),
     manifests=(1,),
     tickets=(1, 2),
-    backends=(model.BackendCard(name="b", kind="k", disks="d", incoming="i"),),
+    backends=(
+        model.BackendCard(name="b", kind="k", disks="d", incoming="i", records="r"),
+    ),
 )
 ALL = [VOLUME, INSTANCE, TRANSFER, CARD]
 NAMES = [type(body).__name__ for body in ALL]

@@ -22,6 +22,7 @@ def made(instance: str = INSTANCE) -> ticket.Ticket:
         instance=instance,
         source="alpha",
         digests={"vda.0123456789abcdef": DIGEST},
+        record="cd" * 16,
     )
 
 

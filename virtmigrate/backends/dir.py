@@ -11,7 +11,7 @@ from pathlib import Path
 
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, model, storagepool
+from virtmigrate import domainxml, errors, model, storagepool
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 
@@ -51,7 +51,7 @@ class DirBackend(base.Backend):
         if self._movable():
             if target.exists():
                 return self.disks.name, str(target)
-            source.rename(target)
+            self._rename(source, target)
             _fsync(target.parent)
             _fsync(source.parent)
             self.incoming.refresh()
@@ -82,6 +82,14 @@ class DirBackend(base.Backend):
         return None
 
     # Private
+
+    def _rename(self, source: Path, target: Path) -> None:
+        try:
+            source.rename(target)
+        except FileNotFoundError as e:
+            raise errors.VolumeNotFound(
+                host=self.host.name, pool=self.incoming.name, volume=source.name
+            ) from e
 
     def _movable(self) -> bool:
         pools = (self.incoming, self.disks)

@@ -47,13 +47,9 @@ class Departure:
 
     def confirm(self) -> None:
         """Tell the peer that it keeps the instance, and remove what was ours."""
-        stored = self._there.transfer(self.journal.operation)
-        state = stored.body.state if stored else None
         if not self.journal.has("confirmed"):
-            self._demand_settled(stored)
+            self._win_confirm()
             self.journal.done("confirmed")
-        if stored is not None and state is TransferState.SETTLED:
-            self._publish(stored, state=TransferState.CONFIRMED)
         self._remove_ours()
         self.journal.close()
         LOG.info(
@@ -85,6 +81,17 @@ class Departure:
             self._keep_memory(uuid)
         self._here.domains.stop(uuid, timeout, retry_interval)
         self._here.domains.undefine(uuid)
+        self._demand_gone()
+
+    def _demand_gone(self) -> None:
+        """See that no domain is left: one that was started meanwhile is transient."""
+        if self._here.domains.exists(self._original.uuid):
+            raise errors.InvalidState(
+                instance=self._original.uuid,
+                host=self._here.name,
+                state="started",
+                reason="somebody started it while it was being moved",
+            )
 
     def _keep_memory(self, uuid: str) -> None:
         """Keep a paused guest's memory: should the move fail, it is paused again."""
@@ -156,6 +163,7 @@ class Departure:
                 operation=self.journal.operation,
                 reason="the peer gave the reservation up",
             )
+        self._demand_gone()
         self.journal.done("giving")
         generation = self._here.publish_instance(self._away())
         given = self._publish(
@@ -203,6 +211,21 @@ class Departure:
             operation=self.journal.operation,
             peer=self._here.name,
         )
+
+    def _win_confirm(self) -> None:
+        """Write CONFIRMED at the peer, or see that an earlier attempt did.
+
+        The peer may be giving it back at the same moment: one of the two wins, and
+        nothing is removed here before it is known to be this one.
+        """
+        stored = self._there.transfer(self.journal.operation)
+        if stored is None and self.journal.has("confirming"):
+            # Only a confirmed transfer is forgotten by the peer.
+            return
+        self._demand_settled(stored)
+        self.journal.done("confirming")
+        if stored is not None and stored.body.state is TransferState.SETTLED:
+            self._publish(stored, state=TransferState.CONFIRMED)
 
     def _demand_settled(self, stored: record.Stored[model.Transfer] | None) -> None:
         state = stored.body.state if stored else None

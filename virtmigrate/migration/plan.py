@@ -12,7 +12,7 @@ from virtmigrate import domainxml, errors, model, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
-from virtmigrate.model import Role, TransferState
+from virtmigrate.model import InstanceState, Role, TransferState
 from virtmigrate.peer import Peer, sent_size
 
 MOVABLE = (Power.RUNNING, Power.PAUSED, Power.OFF)
@@ -76,8 +76,11 @@ class _Planner:
 
     def plan(self) -> Plan:
         uuid = self._request.instance
+        self._here.note_confirmed(uuid)
         record = self._here.entitled(uuid)
         self._check_arrival(uuid)
+        if record.state is InstanceState.ARRIVED:
+            raise self._refuse("the move that brought it is neither confirmed nor lost")
         xml = self._here.domains.xml(uuid)
         power = self._check_domain(uuid, xml)
         backend = self._backend(record)
@@ -180,9 +183,17 @@ class _Planner:
         A volume with a name that only we know, made here, is looked for there:
         paths, names and ids prove nothing.
         """
-        with backend.disks.nonce() as nonce:
+        records = backend.volumes.pool
+        with backend.disks.nonce() as nonce, records.nonce() as note:
             for each in card.backends:
-                if self._there.sees(each.disks, nonce):
+                seen = self._there.sees(each.disks, nonce)
+                if seen != self._there.sees(each.records, note):
+                    raise self._refuse(
+                        f"backend {each.name} of {card.host} shares "
+                        f"{'disks' if seen else 'records'} with {backend.name}, and "
+                        "not both"
+                    )
+                if seen:
                     return each, self._all_in(backend, record)
         ranked = sorted(card.backends, key=lambda each: each.name != backend.name)
         if not ranked:
@@ -210,9 +221,11 @@ class _Planner:
     ) -> model.Transfer:
         volumes: dict[str, model.TransferVolume] = {}
         for ref in record.disks:
-            make = self._shared if shared and ref.target != NVRAM else self._chain
-            for volume in make(ref, backend):
-                volumes.setdefault(volume.source, volume)
+            if shared and ref.target != NVRAM:
+                volume = self._shared(ref, backend)
+                volumes[volume.source] = volume
+            else:
+                self._add_chain(ref, backend, volumes)
         self._check_growth(volumes)
         return model.Transfer(
             operation=self._operation,
@@ -227,17 +240,22 @@ class _Planner:
             created=time.time(),
         )
 
-    def _chain(
-        self, ref: model.DiskRef, backend: base.Backend
-    ) -> list[model.TransferVolume]:
+    def _add_chain(
+        self,
+        ref: model.DiskRef,
+        backend: base.Backend,
+        volumes: dict[str, model.TransferVolume],
+    ) -> None:
+        """Add a disk's layers from the lowest up; one that disks share goes once."""
+        backing: str | None = None
         chain = backend.chain(ref.volume)
-        names = [f"{ref.target}.{self._operation}"]
-        names += [f"{ref.target}-{n}.{self._operation}" for n in range(1, len(chain))]
-        below = [*names[1:], None]
-        return [
-            self._sent(ref, backend, volume, name, backing)
-            for volume, name, backing in zip(chain, names, below, strict=True)
-        ]
+        for level, volume in reversed(list(enumerate(chain))):
+            if volume.name not in volumes:
+                suffix = f"-{level}" if level else ""
+                name = f"{ref.target}{suffix}.{self._operation}"
+                sent = self._sent(ref, backend, volume, name, backing)
+                volumes[volume.name] = sent
+            backing = volumes[volume.name].name
 
     def _sent(
         self,
@@ -271,7 +289,7 @@ class _Planner:
 
     def _shared(
         self, ref: model.DiskRef, backend: base.Backend
-    ) -> list[model.TransferVolume]:
+    ) -> model.TransferVolume:
         """Plan a layer over a disk that both hosts see: below it nothing changes."""
         top = backend.chain(ref.volume)[0]
         frozen = ref.role is not Role.CONFIG
@@ -280,20 +298,18 @@ class _Planner:
                 f"backend {backend.name} is shared and cannot keep {ref.target} as "
                 "it is until the move is confirmed"
             )
-        return [
-            model.TransferVolume(
-                name=f"{ref.target}.{self._operation}" if frozen else top.name,
-                source=top.name,
-                target=ref.target,
-                role=ref.role,
-                format=DiskFormat.QCOW2 if frozen else top.format,
-                size=self._new_size(ref, top),
-                length=0,
-                room=0,
-                backing=top.name if frozen else None,
-                shared=True,
-            )
-        ]
+        return model.TransferVolume(
+            name=f"{ref.target}.{self._operation}" if frozen else top.name,
+            source=top.name,
+            target=ref.target,
+            role=ref.role,
+            format=DiskFormat.QCOW2 if frozen else top.format,
+            size=self._new_size(ref, top),
+            length=0,
+            room=0,
+            backing=top.name if frozen else None,
+            shared=True,
+        )
 
     def _new_size(self, ref: model.DiskRef, volume: model.Volume) -> int:
         wanted = self._request.sizes.get(ref.role, volume.size)

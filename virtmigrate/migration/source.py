@@ -14,6 +14,8 @@ Steps in the journal of a departure:
     restored    the instance is back; what is left is owed at the peer
     reverting   the caller wants it back, and the peer could not be asked
     abandoned   an operator said that the peer, which can't be asked, is lost
+    taken back  the right is here again
+    confirming  the caller wants to give it up for good
     confirmed   it never comes back; what is left is to remove its volumes here
 """
 
@@ -59,9 +61,12 @@ class Source:
         with self._here.claimed(request.instance):
             journal = self._find(request.instance)
             if journal is not None:
-                if journal.has("given"):
+                if journal.has("confirming"):
+                    self._confirm(journal)
+                elif journal.has("given"):
                     return self._again(journal, request)
-                self._undo(journal)
+                else:
+                    self._undo(journal)
             progress.phase("checking")
             there = self._connect(request.dest)
             planned = plan.make(self._here, there, request)
@@ -80,10 +85,7 @@ class Source:
                 self._demand_none_away(uuid)
                 LOG.info("instance=%s nothing to confirm on %s", uuid, self._here.name)
                 return
-            departure = Departure(
-                self._here, journal, self._peer_of(journal), Progress()
-            )
-            departure.confirm()
+            self._confirm(journal)
 
     def revert(
         self, uuid: str, *, power_on: bool = True, peer_is_lost: bool = False
@@ -105,21 +107,6 @@ class Source:
                 journal.done("reverting", power_on=power_on)
                 raise
 
-    def demand_still(self, uuid: str) -> None:
-        """Raise InvalidState while a move of the instance is open here.
-
-        Its volumes may be the only copy, or what a revert needs.
-        """
-        journal = self._find(uuid)
-        if journal is not None:
-            raise errors.InvalidState(
-                instance=uuid,
-                host=self._here.name,
-                state="moving",
-                reason=f"operation {journal.operation} is at "
-                f"{journal.steps()[-1]}; confirm or revert it first",
-            )
-
     def recover(self) -> list[str]:
         """Finish what a killed process left; return what could not be finished.
 
@@ -131,7 +118,8 @@ class Source:
             try:
                 with self._here.claimed(uuid):
                     self._recover_now(journal.operation)
-            except errors.Error as e:
+            except Exception as e:
+                # One that cannot be finished must not keep the host from the others.
                 LOG.warning("operation=%s instance=%s: %s", journal.operation, uuid, e)
                 left.append(f"{journal.operation}: {e}")
         return left
@@ -171,6 +159,10 @@ class Source:
                 operation=stored.body.operation,
                 reason="its record says that it left, and there is no journal of it",
             )
+
+    def _confirm(self, journal: Journal) -> None:
+        there = self._peer_of(journal)
+        Departure(self._here, journal, there, Progress()).confirm()
 
     def _peer_of(self, journal: Journal) -> Peer:
         return self._connect(str(facts.facts(journal, "begun")["dest"]))
@@ -244,8 +236,7 @@ class Source:
 
     def _recover(self, journal: Journal) -> None:
         if journal.has("confirmed"):
-            there = self._peer_of(journal)
-            Departure(self._here, journal, there, Progress()).confirm()
+            self._confirm(journal)
         elif wish := journal.facts("reverting"):
             self._undo(journal, power_on=bool(wish["power_on"]))
         elif journal.has("restored") or not journal.has("returned"):

@@ -22,6 +22,8 @@ class Ticket(model.Struct, frozen=True):
     source: str
     digests: dict[str, model.Digest]
     """Of each volume that was sent, by its name at the peer."""
+    record: str
+    """Digest of the instance's record as it was given up."""
 
 
 def of(transfer: model.Transfer) -> Ticket:
@@ -33,6 +35,7 @@ def of(transfer: model.Transfer) -> Ticket:
         instance=transfer.instance,
         source=transfer.source,
         digests=digests,
+        record=_digest(msgspec.json.encode(transfer.record).decode()),
     )
 
 

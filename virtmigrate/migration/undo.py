@@ -16,7 +16,12 @@ from virtmigrate.peer import Peer
 LOG = logging.getLogger(__name__)
 
 BACK = (TransferState.RETURNED, TransferState.WITHDRAWN)
-TAKEN = (TransferState.TAKEN, TransferState.SETTLED, TransferState.CONFIRMED)
+TAKEN = (
+    TransferState.TAKEN,
+    TransferState.SETTLED,
+    TransferState.RETURNING,
+    TransferState.CONFIRMED,
+)
 
 
 class Undo:
@@ -39,8 +44,9 @@ class Undo:
         if self._journal.has("confirmed"):
             raise self._not_revertible("it is confirmed")
         if not self._journal.has("restored"):
-            if self._journal.has("giving"):
+            if self._journal.has("giving") and not self._journal.has("taken back"):
                 self._win_back(peer_is_lost)
+                self._journal.done("taken back")
             self._restore(power_on)
             self._drop_layers()
             facts.drop_memory(self._here, self._journal)
@@ -91,6 +97,8 @@ class Undo:
 
         A record that was there and is gone proves nothing: the peer may run it.
         """
+        if self._journal.has("confirming"):
+            raise self._not_revertible("it is confirmed")
         if self._journal.has("given"):
             raise self._undecided("it has lost the record of the transfer")
 
@@ -127,7 +135,7 @@ class Undo:
         stored = self._here.instances.find(uuid)
         if stored is None or stored.body != back:
             self._here.publish_instance(back)
-        if not self._here.domains.exists(uuid):
+        if not self._here.domains.is_defined(uuid):
             self._here.domains.define(
                 str(self._original.domain_xml), autostart=self._original.autostart
             )
