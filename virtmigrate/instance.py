@@ -78,10 +78,6 @@ class Domains:
         except errors.InstanceNotFound:
             return False
 
-    def holder(self, name: str) -> str | None:
-        """Return the UUID of the domain that has this name, or None."""
-        return {found: uuid for uuid, found in self.all()}.get(name)
-
     def info(self, uuid: str) -> Info:
         """Return power, memory, CPUs; InstanceNotFound."""
         with self._domain(uuid, "asking for its state") as domain:

@@ -141,7 +141,8 @@ class Node:
 
     def publish_instance(self, body: model.Instance) -> int:
         """Publish the next generation of an instance's record and return it."""
-        after = self.instances.find_valid_generation(body.uuid)
+        found = self.instances.find(body.uuid)
+        after = found.generation if found else 0
         stored = self.instances.publish(body.uuid, body, after=after)
         self.instances.prune(body.uuid)
         return stored.generation

@@ -216,7 +216,7 @@ class Store(Generic[T]):
         waited_for, deadline = after, 0.0
         while True:
             expired = time.monotonic() >= deadline
-            if self.find_valid_generation(name) != after:
+            if self._valid_generation(name) != after:
                 raise self._conflict(name, after)
             top = max(self._generations(name), default=0)
             if top <= after or (top == waited_for and expired):
@@ -225,7 +225,7 @@ class Store(Generic[T]):
                 waited_for, deadline = top, time.monotonic() + self._grace
             time.sleep(min(0.2, self._grace / 10))
 
-    def find_valid_generation(self, name: str) -> int:
+    def _valid_generation(self, name: str) -> int:
         """Return the newest valid generation, 0 when there is none."""
         try:
             stored = self.find(name)

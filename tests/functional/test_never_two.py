@@ -333,3 +333,28 @@ def test_settling_all_the_time_beside_moves(world: World) -> None:
             thread.join(60)
     assert raised == []
     world.expect_one(made, world.a)
+
+
+def test_a_broken_record_is_refused_and_left(world: World) -> None:
+    made = world.spawn(world.a)
+    (path,) = (world.a.path / "instances").glob(f"{made.uuid}.rec.2")
+    for each in (world.a.path / "instances").glob(f"{made.uuid}.rec.*"):
+        each.write_bytes(b"\1" * 4096)
+    with pytest.raises(errors.MigrationRefused, match="broken"):
+        world.migrate(made)
+    with pytest.raises(errors.RecordBroken):
+        world.a.driver.node.publish_instance(
+            model.Instance(
+                uuid=made.uuid,
+                name="x",
+                owner="x",
+                host="alpha",
+                state=model.InstanceState.HERE,
+                operation="x",
+                memory=1,
+                vcpus=1,
+                disks=(),
+            )
+        )
+    assert path.read_bytes() == b"\1" * 4096
+    assert world.a.state_of(made) == "running"

@@ -129,7 +129,8 @@ class Backend(abc.ABC):
 
     def update(self, volume: model.Volume) -> model.Volume:
         """Publish a new generation of a volume's record."""
-        after = self.volumes.find_valid_generation(volume.name)
+        stored = self.volumes.find(volume.name)
+        after = stored.generation if stored else 0
         self.volumes.publish(volume.name, volume, after=after)
         self.volumes.prune(volume.name)
         return volume
