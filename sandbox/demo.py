@@ -153,10 +153,15 @@ class Demo:
     def _show(self, report: Report) -> None:
         if report.phase == "stopping":
             self._stopped = time.monotonic()
-        amount = f"{report.done / MiB:6.0f} of {report.total / MiB:.0f} MiB"
-        left = f", {report.left:.0f} s left" if report.left else ""
-        line = f"  {report.phase}: {amount}, {format_bytes(report.rate)}/s{left}"
-        print(f"\r{line:<72}", end="" if sys.stdout.isatty() else "\n", flush=True)
+        line = f"  {report.phase}"
+        if report.total:
+            line += f": {report.done / MiB:.0f} of {report.total / MiB:.0f} MiB"
+        if report.left:
+            line += f", {format_bytes(report.rate)}/s, {report.left:.0f} s left"
+        if sys.stdout.isatty():
+            print(f"\r{line:<72}", end="", flush=True)
+        else:
+            print(line, flush=True)
 
 
 def sha256(path: Path) -> str:
