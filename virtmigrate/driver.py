@@ -82,8 +82,7 @@ class VirtMigrateDriver:
         and debts are paid.
         """
         for backend in self.node.backends.values():
-            backend.disks.remove_nonces()
-            backend.incoming.remove_nonces()
+            backend.sweep()
         return [*self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:

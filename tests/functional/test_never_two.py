@@ -358,3 +358,12 @@ def test_a_broken_record_is_refused_and_left(world: World) -> None:
         )
     assert path.read_bytes() == b"\1" * 4096
     assert world.a.state_of(made) == "running"
+
+
+@pytest.mark.parametrize("area", ["disks", "incoming", "records"])
+def test_what_a_killed_proof_left_is_swept(world: World, area: str) -> None:
+    (world.a.path / area / "nonce.alpha.1000.0123").touch()
+    (world.a.path / area / "nonce.beta.1000.0123").touch()
+    world.a.driver.settle()
+    left = [name for name in world.a.files() if "nonce." in name]
+    assert left == [f"{area}/nonce.beta.1000.0123"], "another host's stays"

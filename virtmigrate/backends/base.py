@@ -144,6 +144,11 @@ class Backend(abc.ABC):
                 self.pool(stored.body.pool).delete(name)
         self.volumes.remove(name)
 
+    def sweep(self) -> None:
+        """Remove what killed proofs of this host left in the backend's pools."""
+        for pool in (self.disks, self.incoming, self._records):
+            pool.remove_nonces()
+
     def chain(self, name: str) -> tuple[model.Volume, ...]:
         """Return a volume and all below it, top first, from their records."""
         chain: list[model.Volume] = []
