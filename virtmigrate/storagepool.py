@@ -17,10 +17,9 @@ from typing import TypeVar
 
 import libvirt
 import tenacity
-from lxml import etree
 from oslo_log import log as logging
 
-from virtmigrate import errors
+from virtmigrate import errors, xml
 from virtmigrate.host import Host, Session
 
 LOG = logging.getLogger(__name__)
@@ -114,8 +113,8 @@ class Pool:
         """Directory of the pool on its host."""
         if self._path is None:
             with self._session("reading its path") as (_, pool):
-                tree = etree.fromstring(pool.XMLDesc(0))
-                self._path = tree.findtext("target/path") or ""
+                tree = xml.parse(pool.XMLDesc(0))
+                self._path = xml.text_at(tree, "target/path") or ""
         return self._path
 
     def refresh(self) -> None:
@@ -158,9 +157,9 @@ class Pool:
 
         Not exclusive: libvirt looks for the name, then creates (9.0).
         """
-        backing = etree.Element("backingStore")
-        etree.SubElement(backing, "path").text = base_path
-        etree.SubElement(backing, "format", type=base_format)
+        backing = xml.element("backingStore")
+        xml.add(backing, "path", base_path)
+        xml.add(backing, "format", type=base_format)
         self._create(name, size, "qcow2", backing)
 
     def delete(self, name: str) -> None:
@@ -266,46 +265,46 @@ class Pool:
         return session.conn.storagePoolDefineXML(self._pool_xml(path), 0)
 
     def _pool_xml(self, path: str) -> str:
-        root = etree.Element("pool", type="dir")
-        etree.SubElement(root, "name").text = self.name
-        target = etree.SubElement(root, "target")
-        etree.SubElement(target, "path").text = path
+        root = xml.element("pool", attributes={"type": "dir"})
+        xml.add(root, "name", self.name)
+        target = xml.add(root, "target")
+        xml.add(target, "path", path)
         self._permissions(target, self.ownership.directory_mode)
-        return etree.tostring(root, encoding="unicode")
+        return xml.write(root)
 
-    def _permissions(self, target: etree._Element, mode: str) -> None:
-        permissions = etree.SubElement(target, "permissions")
-        etree.SubElement(permissions, "mode").text = mode
+    def _permissions(self, target: xml.Element, mode: str) -> None:
+        permissions = xml.add(target, "permissions")
+        xml.add(permissions, "mode", mode)
         for tag, value in (
             ("owner", self.ownership.uid),
             ("group", self.ownership.gid),
         ):
             if value is not None:
-                etree.SubElement(permissions, tag).text = str(value)
+                xml.add(permissions, tag, str(value))
         if self.ownership.label:
-            etree.SubElement(permissions, "label").text = self.ownership.label
+            xml.add(permissions, "label", self.ownership.label)
 
     def _create(
-        self, name: str, size: int, fmt: str, backing: etree._Element | None = None
+        self, name: str, size: int, fmt: str, backing: xml.Element | None = None
     ) -> None:
-        xml = self._volume_xml(name, size, fmt, backing)
-        self._retry(f"creating {name}", lambda _, pool: pool.createXML(xml, 0), name)
+        text = self._volume_xml(name, size, fmt, backing)
+        self._retry(f"creating {name}", lambda _, pool: pool.createXML(text, 0), name)
 
     def _volume_xml(
-        self, name: str, size: int, fmt: str, backing: etree._Element | None
+        self, name: str, size: int, fmt: str, backing: xml.Element | None
     ) -> str:
-        root = etree.Element("volume")
-        etree.SubElement(root, "name").text = name
-        etree.SubElement(root, "capacity", unit="B").text = str(size)
-        etree.SubElement(root, "allocation", unit="B").text = "0"
-        target = etree.SubElement(root, "target")
-        etree.SubElement(target, "format", type=fmt)
+        root = xml.element("volume")
+        xml.add(root, "name", name)
+        xml.add(root, "capacity", str(size), unit="B")
+        xml.add(root, "allocation", "0", unit="B")
+        target = xml.add(root, "target")
+        xml.add(target, "format", type=fmt)
         if fmt == "qcow2":
-            etree.SubElement(target, "compat").text = "1.1"
+            xml.add(target, "compat", "1.1")
         self._permissions(target, self.ownership.mode)
         if backing is not None:
             root.append(backing)
-        return etree.tostring(root, encoding="unicode")
+        return xml.write(root)
 
     def _lookup(
         self, pool: "libvirt.virStoragePool", name: str

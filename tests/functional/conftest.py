@@ -69,10 +69,13 @@ class Node:
         self.overrides: dict[str, object] = {}
         self.path = host.storage / "vm"
         self.progress: Progress = Progress()
-        self.driver = self.new_driver()
+        self.driver: VirtMigrateDriver = None  # type: ignore[assignment]
+        self.new_driver()
 
     def new_driver(self) -> VirtMigrateDriver:
-        """A driver as a restarted process would have it."""
+        """A driver as a restarted process would have it; the old one is gone."""
+        if self.driver is not None:
+            self.driver.cleanup_host(self.host.name)
         driver = VirtMigrateDriver(
             object(), conf=self.conf(), progress=lambda: self.progress
         )

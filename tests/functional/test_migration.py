@@ -91,11 +91,14 @@ def test_interfaces_are_plugged_at_the_peer(world: World) -> None:
     vif = {"address": "52:54:00:11:22:33", "type": "bridge"}
     instance = world.instance()
     meta = {"path": str(world.image()), "disk_format": "raw"}
-    there = [{**vif, "network": {"bridge": "br0"}}]
-    world.a.driver.spawn(None, instance, meta, network_info=there)
+    here = [{**vif, "network": {"bridge": "br0"}, "devname": "taphere"}]
+    there = [{**vif, "network": {"bridge": "br0"}, "devname": "tapthere"}]
+    world.a.driver.spawn(None, instance, meta, network_info=here)
+    assert "taphere" in world.a.xml(instance)
     ticket = world.migrate(instance)
     world.finish(instance, ticket, network_info=there)
-    assert world.b.state_of(instance) == "running"
+    xml = world.b.xml(instance)
+    assert "tapthere" in xml and "taphere" not in xml and vif["address"] in xml
 
 
 def test_an_instance_that_is_off_stays_off(world: World) -> None:

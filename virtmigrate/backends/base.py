@@ -27,8 +27,6 @@ class Capabilities:
     """Formats that its volumes may have."""
     overlays: bool
     """A volume can be frozen below a new layer, and the layer dropped or merged."""
-    streams: bool
-    """libvirt uploads to and downloads from its volumes."""
     files: bool
     """It can hold NVRAM, memory images and records of instances."""
 

@@ -25,7 +25,6 @@ class DirBackend(base.Backend):
     capabilities = base.Capabilities(
         formats=(DiskFormat.RAW, DiskFormat.QCOW2),
         overlays=True,
-        streams=True,
         files=True,
     )
 
