@@ -345,12 +345,22 @@ class Pool:
                 return call(session, pool)
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(errors.PoolBusy),
+            retry=tenacity.retry_if_exception(_passes),
             wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.5),
             stop=tenacity.stop_after_delay(self.busy_timeout),
             reraise=True,
         )
         return retrying(attempt)
+
+
+def _passes(error: BaseException) -> bool:
+    """Tell whether a call that failed is worth another try.
+
+    The binding reads libvirt's last error after the call; a libvirt object that the
+    garbage collector frees in between clears it. Then only the next try tells why.
+    """
+    lost = isinstance(error, errors.LibvirtFailed) and error.code is None
+    return lost or isinstance(error, errors.PoolBusy)
 
 
 def _download(session: Session, vol: "libvirt.virStorageVol", size: int) -> bytes:

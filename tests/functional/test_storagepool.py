@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -369,3 +370,20 @@ def test_many_at_once_wait_for_each_other(
         thread.join(SECONDS)
     assert not failed
     assert pool.names() == []
+
+
+def test_an_error_that_was_lost_is_asked_for_again(pool: storagepool.Pool) -> None:
+    pool.create_raw("twice", 4096)
+    tries = []
+
+    def create(_: object, found: Any) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise errors.LibvirtFailed(
+                host="x", doing="x", reason="x", code=None, domain=None
+            )
+        found.createXML(pool._volume_xml("twice", 4096, "raw", None), 0)
+
+    with pytest.raises(errors.VolumeExists):
+        pool._retry("creating", create, "twice")
+    assert len(tries) == 2
