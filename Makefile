@@ -12,6 +12,8 @@ ROOT := $(if $(filter-out 0,$(shell id -u)),$(if $(shell command -v sudo),sudo -
 SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 1700 $(PYTEST) tests/functional
 TESTARGS ?=
+# Each writes its figures to benchmarks/NAME.json.
+BENCHMARKS := transfer
 
 .PHONY: help setup image demo test test-unit test-functional test-full lint format \
 	bench sandbox sandbox-down clean
@@ -37,8 +39,8 @@ test-functional: image ## Run the functional tests on hosts of their own
 	@timeout -k 60 1720 $(FUNCTIONAL) $(TESTARGS)
 
 test-full: image test-unit ## Run all tests, the long ones too
-	@timeout -k 60 3600 $(SANDBOX) exec --own test -- \
-		timeout -k 30 3500 $(PYTEST) tests/functional --full $(TESTARGS)
+	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \
+		timeout -k 30 14300 $(PYTEST) tests/functional --full $(TESTARGS)
 
 lint: setup ## Check style, format and types
 	@.venv/bin/ruff check $(SOURCES)
@@ -49,12 +51,12 @@ format: setup ## Format the sources
 	@.venv/bin/ruff check --fix $(SOURCES)
 	@.venv/bin/ruff format $(SOURCES)
 
-bench: image ## Run the benchmarks
-	@found=0; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
-		found=1; \
+bench: image ## Measure transfers, beside what else would be used
+	@tools/setup-bench
+	@for name in $(BENCHMARKS); do \
 		timeout -k 10 1800 $(SANDBOX) exec --own bench -- \
-			$(CURDIR)/$(PYTHON) $$script || exit 1; \
-	done; [ $$found = 1 ] || echo "no benchmarks yet"
+			$(CURDIR)/$(PYTHON) -m benchmarks.$$name || exit 1; \
+	done
 
 sandbox: image ## Leave two libvirt hosts up to play with
 	@timeout -k 10 120 $(SANDBOX) up play alpha beta

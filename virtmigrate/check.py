@@ -123,6 +123,8 @@ def _host(conf: cfg.ConfigOpts) -> Findings:
     yield from _certificates(conf)
     state = Path(conf[options.GROUP].state_path)
     yield from _guarded("state_path", lambda: _state_path(state))
+    # A look is over too soon to serve peers.
+    conf.set_override("receiver", False, options.GROUP)
     driver = VirtMigrateDriver(conf=conf)
     try:
         yield from _libvirt(conf, uri)
@@ -180,6 +182,14 @@ def _state_path(path: Path) -> Findings:
         yield Finding("state_path", State.WORKS, f"{path} can be written")
 
 
+_OPEN = {
+    "parked": "`virtmigrate instance migrate` goes on with what was sent; else it "
+    "goes when resume_age is over",
+    "restored": "`virtmigrate host settle` cleans up at the peer",
+}
+"""Remedies by a move's newest step."""
+
+
 def _operations(driver: VirtMigrateDriver) -> Findings:
     left = driver.settle()
     for each in left:
@@ -195,7 +205,7 @@ def _operations(driver: VirtMigrateDriver) -> Findings:
                 "open move",
                 State.WARNING,
                 f"operation {operation}: instance {uuid} to {dest}, {step}",
-                "`virtmigrate instance confirm` or `revert`",
+                _OPEN.get(step, "`virtmigrate instance confirm` or `revert`"),
             )
     if not left and not driver.open_operations():
         yield Finding("open moves", State.WORKS, "none, and nothing is owed")

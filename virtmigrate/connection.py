@@ -199,5 +199,5 @@ def _explain(
 
 
 # libvirt prints every error to stderr unless somebody takes them.
-libvirt.registerErrorHandler(lambda *_: None, None)
+libvirt.registerErrorHandler(translation.keep, None)
 os.register_at_fork(after_in_child=_locks.clear)

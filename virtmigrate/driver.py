@@ -15,7 +15,16 @@ from oslo_log import log as logging
 from virtmigrate import (
     conf as options,
 )
-from virtmigrate import errors, events, inventory, mapping, node, periodic, spawning
+from virtmigrate import (
+    errors,
+    events,
+    inventory,
+    mapping,
+    node,
+    periodic,
+    receiver,
+    spawning,
+)
 from virtmigrate.host import Host
 from virtmigrate.instance import Info
 from virtmigrate.migration import source, target
@@ -53,6 +62,7 @@ class VirtMigrateDriver:
         self._peers: dict[str, Peer] = {}
         self._events = events.Poller(lambda: self.node)
         self._settling = periodic.Periodic("virtmigrate-settle")
+        self._receiver: receiver.Receiver | None = None
 
     @property
     def node(self) -> node.Node:
@@ -64,13 +74,21 @@ class VirtMigrateDriver:
     # The host
 
     def init_host(self, host: str, **_: object) -> None:
-        """Make pools, say to peers what this host is, finish what was left undone."""
+        """Make pools, say to peers what this host is, finish what was left undone.
+
+        From then on peers' requests are served, unless `receiver` says otherwise.
+        """
         options.register(self._conf)
         self._node = node.Node(self._conf)
         self._node.ensure()
-        self._source = source.Source(self._node, self._peer)
+        self._source = source.Source(self._node, self.peer)
         self._target = target.Target(self._node)
         self.settle()
+        if self._node.options.receiver:
+            self._receiver = receiver.Receiver(
+                self._node, actions=self._target.actions()
+            )
+            self._receiver.start()
         interval = float(self._node.options.settle_interval)
         if interval:
             self._settling.start(self.settle, interval, first=interval)
@@ -89,6 +107,9 @@ class VirtMigrateDriver:
         """Close all connections."""
         self._events.stop()
         self._settling.stop()
+        if self._receiver is not None:
+            self._receiver.stop()
+            self._receiver = None
         for peer in self._peers.values():
             peer.host.close()
         self._peers.clear()
@@ -306,10 +327,15 @@ class VirtMigrateDriver:
         migration: object,
         instance: Any,
         network_info: object = None,
+        accept_unproven: bool = False,
         **_: object,
     ) -> None:
-        """Remove the source's volumes; NotConfirmable until the peer has proven its."""
-        self._source.confirm(instance.uuid)
+        """Remove the source's volumes; NotConfirmable until the peer has proven its.
+
+        `accept_unproven` is an operator's word where `verify` is not full: a byte
+        that arrived wrong can then not be repaired any more.
+        """
+        self._source.confirm(instance.uuid, accept_unproven=accept_unproven)
 
     def finish_revert_migration(
         self,
@@ -329,13 +355,16 @@ class VirtMigrateDriver:
         """
         self._source.revert(instance.uuid, power_on=power_on, peer_is_lost=peer_is_lost)
 
+    def write_off(self, operation: str, *, peer_is_lost: bool = False) -> None:
+        """Forget a debt at a peer; MigrationError for anything more than that."""
+        self._source.write_off(operation, peer_is_lost=peer_is_lost)
+
     def open_operations(self) -> list[tuple[str, str, str, str]]:
         """Return (operation, instance, peer, newest step) of moves not over."""
         return self._source.open_operations()
 
-    # Private
-
-    def _peer(self, dest: str) -> Peer:
+    def peer(self, dest: str) -> Peer:
+        """Return a host that instances can be moved to."""
         if dest not in self._peers:
             insecure = dest in self.node.options.allow_insecure_peers
             host = Host(
@@ -350,5 +379,6 @@ class VirtMigrateDriver:
                 ownership=self.node.files.settings.ownership,
                 busy_timeout=self.node.options.busy_timeout,
             )
-            self._peers[dest] = Peer(host, box)
+            patience = float(self.node.options.receiver_timeout)
+            self._peers[dest] = Peer(host, box, patience)
         return self._peers[dest]

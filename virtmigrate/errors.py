@@ -12,11 +12,13 @@
     │   ├── AuthenticationFailed
     │   ├── CertificateRefused
     │   ├── InsecureConnection
+    │   ├── ReceiverSilent, RequestRefused
     │   └── LibvirtFailed
     ├── StorageError
     │   ├── PoolNotFound, PoolBusy
     │   ├── VolumeNotFound, VolumeExists
     │   ├── NoSpace
+    │   │   └── DiskFull
     │   └── RecordError
     │       ├── RecordMissing, RecordBroken, RecordTooNew
     │       └── RecordConflict
@@ -121,6 +123,17 @@ class InsecureConnection(HostError):
     )
 
 
+class ReceiverSilent(HostError):
+    msg = (
+        "host {host}: no receiver answered within {seconds:g} s ({doing}); is the "
+        "driver or `virtmigrate receiver` running there?"
+    )
+
+
+class RequestRefused(HostError):
+    msg = "host {host}: its receiver refused to {verb} {volume}: {reason}"
+
+
 class LibvirtFailed(HostError):
     """Any error of libvirt that has no name of its own here.
 
@@ -158,6 +171,12 @@ class NoSpace(StorageError):
         "host {host}: pool {pool} has room for {free}, but {wanted} are needed "
         "({reserved} are reserved for other transfers)"
     )
+
+
+class DiskFull(NoSpace):
+    """The storage said so while something was written: a part of it may stay."""
+
+    msg = "host {host}, pool {pool}: its storage is full: {reason}"
 
 
 class RecordError(StorageError):
@@ -242,7 +261,10 @@ class ShortTransfer(TransferError):
 
 
 class SourceChanged(TransferError):
-    pass
+    msg = (
+        "reading {volume}: it changed while it was read ({reason}); what was copied "
+        "of it is not used"
+    )
 
 
 class VerificationFailed(TransferError):

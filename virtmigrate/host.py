@@ -39,19 +39,19 @@ class Session:
         self.opened = opened
         self.began = time.monotonic()
         self.alarm = watchdog.WATCHDOG.arm(seconds, opened.cut)
-        self._resting = False
+        self.is_resting = False
 
     def touch(self) -> None:
         """Say that something moved: the deadline starts anew."""
-        if self._resting:
-            self._resting = False
+        if self.is_resting:
+            self.is_resting = False
             watchdog.WATCHDOG.rearm(self.alarm)
         self.alarm.touch()
 
     def rest(self) -> None:
         """Stop the clock until the next touch(): nothing is asked of this host now."""
-        if not self._resting:
-            self._resting = True
+        if not self.is_resting:
+            self.is_resting = True
             watchdog.WATCHDOG.disarm(self.alarm)
 
 
@@ -171,6 +171,9 @@ class Host:
         mine = self._thread
         with self._paused(mine.sessions):
             opened = self._claim()
+            if not mine.sessions:
+                # What an earlier session heard explains nothing in this one.
+                translation.forget()
             session = Session(opened, seconds)
             mine.sessions.append(session)
             try:
@@ -187,12 +190,13 @@ class Host:
         if not sessions:
             yield
             return
-        alarm = sessions[-1].alarm
-        watchdog.WATCHDOG.disarm(alarm)
+        outer = sessions[-1]
+        watchdog.WATCHDOG.disarm(outer.alarm)
         try:
             yield
         finally:
-            watchdog.WATCHDOG.rearm(alarm)
+            if not outer.is_resting:
+                watchdog.WATCHDOG.rearm(outer.alarm)
 
     def _claim(self) -> connection.Connection:
         """Return this thread's connection; close() only cuts it from now on."""

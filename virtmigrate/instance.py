@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import libvirt
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors
+from virtmigrate import domainxml, errors, translation
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
@@ -102,6 +102,11 @@ class Domains:
         with self._domain(uuid, "reading its configuration") as domain:
             return str(domain.XMLDesc(flags))
 
+    def live_xml(self, uuid: str) -> str:
+        """Return the configuration that it runs with, secrets left out."""
+        with self._domain(uuid, "reading its live configuration") as domain:
+            return str(domain.XMLDesc(0))
+
     def burdens(self, uuid: str) -> list[str]:
         """Return what hangs on the domain outside its XML and keeps it here."""
         with self._domain(uuid, "looking for snapshots") as domain:
@@ -151,7 +156,7 @@ class Domains:
             try:
                 domain.destroy()
             except libvirt.libvirtError as e:
-                if e.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                if translation.code(e) != libvirt.VIR_ERR_OPERATION_INVALID:
                     raise
 
     def stop(self, uuid: str, timeout: float, retry_interval: float) -> bool:
@@ -261,7 +266,7 @@ class Domains:
                 domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
             except libvirt.libvirtError as e:
                 # It went down between our look and our wish.
-                if e.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+                if translation.code(e) != libvirt.VIR_ERR_OPERATION_INVALID:
                     raise
 
 

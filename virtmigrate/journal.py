@@ -33,8 +33,10 @@ class Journal:
 
     def __init__(self, path: Path, steps: list[dict[str, Any]]) -> None:
         self.path = path
-        self._steps = steps
         self._length = sum(len(_line(step)) for step in steps)
+        self._steps: list[dict[str, Any]] = []
+        for step in steps:
+            self._add(step)
 
     @classmethod
     def create(cls, directory: Path, operation: str, **facts: object) -> "Journal":
@@ -65,6 +67,14 @@ class Journal:
             )
         return cls(path, steps)
 
+    def begin_again(self, **facts: object) -> None:
+        """Let the operation begin anew: the steps until now count no more."""
+        self.done("begun", schema=SCHEMA, operation=self.operation, **facts)
+
+    def beside(self, name: str) -> Path:
+        """Return the path of a file that goes with the journal."""
+        return self.path.with_name(f"{self.operation}.{name}.known")
+
     @property
     def operation(self) -> str:
         return str(self._steps[0]["operation"])
@@ -84,7 +94,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self._length += len(line)
-        self._steps.append(json.loads(_text(line)))
+        self._add(json.loads(_text(line)))
 
     def facts(self, step: str) -> dict[str, Any] | None:
         """Return what was recorded with the newest step of this name, or None."""
@@ -105,11 +115,17 @@ class Journal:
 
     def close(self) -> None:
         """Remove the journal: the operation is over and owes nothing."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        for path in self.path.parent.glob(f"{self.operation}.*.known"):
+            path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         _fsync_directory(self.path.parent)
 
     # Private
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        if entry["step"] == "begun":
+            self._steps = []
+        self._steps.append(entry)
 
     def _expect_ours(self, file: BinaryIO) -> None:
         """Nothing may follow what we know of but a torn line of ours."""

@@ -6,13 +6,17 @@ What several hosts change is not locked but published by compare-and-swap
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tenacity
 from oslo_concurrency import lockutils
 
 from virtmigrate import errors
+
+_LOOK = 0.2
+"""Seconds between two looks for a free slot: a file's lock tells nobody."""
 
 
 class HostLocks:
@@ -44,7 +48,30 @@ class HostLocks:
                 ) from e
             yield
 
+    @contextlib.contextmanager
+    def slot(
+        self, name: str, count: int, check: Callable[[], object]
+    ) -> Iterator[None]:
+        """Hold one of `count` slots, which all processes of this host share.
+
+        Arguments:
+            check: called while waiting; what it raises ends the wait.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            while not self._take_any(stack, [f"{name}-{n}" for n in range(count)]):
+                check()
+                time.sleep(_LOOK)
+            yield
+
     # Private
+
+    def _take_any(self, stack: contextlib.ExitStack, names: list[str]) -> bool:
+        for name in names:
+            with contextlib.suppress(lockutils.AcquireLockFailedException):
+                self._enter(stack, name)
+                return True
+        return False
 
     def _retrying(self) -> tenacity.Retrying:
         return tenacity.Retrying(

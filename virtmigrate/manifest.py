@@ -6,9 +6,11 @@ of them; the last block is as long as what is left. A block of zeros is known by
 a constant that no digest equals, so it needs no hashing. The root is BLAKE3 over
 the version, the size, the block size and all digests. Two volumes with equal
 roots are equal.
+
+A manifest may also say what is not known of a volume: see UNKNOWN.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import blake3
 
@@ -18,7 +20,15 @@ from virtmigrate.units import KiB, MiB
 VERSION = 1
 READS = (1,)
 
-ZERO = b"\0" * 32
+LENGTH = 32
+"""Bytes of a digest."""
+
+ZERO = b"\0" * LENGTH
+"""Stands for a block of zeros."""
+
+UNKNOWN = b"\xff" * LENGTH
+"""Stands for a block whose content nobody vouches for; it equals no digest."""
+
 _MAX_BLOCKS = 512 * KiB
 
 
@@ -30,35 +40,96 @@ def block_size_for(size: int) -> int:
     return block
 
 
-@dataclass
 class Manifest:
     """Digests of a volume of `size` bytes; every block is zeros until it is set.
 
-    Not safe to share between threads while it is filled.
+    Different blocks may be set by several threads at once.
+
+    Arguments:
+        digests: of all blocks, in order; ValueError when they are not as many. A
+            bytearray is taken over, not copied.
     """
 
-    size: int
-    block_size: int = 0
-    blocks: dict[int, bytes] = field(default_factory=dict)
+    def __init__(
+        self, size: int, block_size: int = 0, digests: bytes | bytearray | None = None
+    ) -> None:
+        self.size = size
+        self.block_size = block_size or block_size_for(size)
+        self.count = -(-size // self.block_size)
+        if digests is None:
+            digests = bytearray(self.count * LENGTH)
+        if len(digests) != self.count * LENGTH:
+            raise ValueError(f"{len(digests)} bytes for {self.count} blocks")
+        # There may be 16 MiB of them: one array is enough.
+        self._digests = (
+            digests if isinstance(digests, bytearray) else bytearray(digests)
+        )
 
-    def __post_init__(self) -> None:
-        self.block_size = self.block_size or block_size_for(self.size)
+    @classmethod
+    def unknown(cls, size: int, block_size: int = 0) -> "Manifest":
+        """Return the manifest of a volume of which nothing is known."""
+        block = block_size or block_size_for(size)
+        return cls(size, block, bytearray(b"\xff") * (-(-size // block) * LENGTH))
+
+    def __getitem__(self, index: int) -> bytes:
+        return bytes(self._digests[index * LENGTH : (index + 1) * LENGTH])
+
+    def __setitem__(self, index: int, digest: bytes) -> None:
+        if not 0 <= index < self.count or len(digest) != LENGTH:
+            raise IndexError(index)
+        self._digests[index * LENGTH : (index + 1) * LENGTH] = digest
 
     def add(self, index: int, data: bytes) -> bool:
         """Record a block's bytes; return False when they are all zeros."""
-        if is_zero(data):
-            self.blocks.pop(index, None)
-            return False
-        self.blocks[index] = blake3.blake3(data).digest()
-        return True
+        self[index] = digest = digest_of(data)
+        return digest != ZERO
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where a block begins and ends, in bytes."""
+        start = index * self.block_size
+        return start, min(start + self.block_size, self.size)
+
+    def unlike(self, other: "Manifest") -> Iterator[int]:
+        """Yield the blocks that differ from another manifest's, or are unknown."""
+        for index in range(self.count):
+            mine = self[index]
+            if mine == UNKNOWN or index >= other.count or mine != other[index]:
+                yield index
+
+    def fitted(self, size: int) -> "Manifest":
+        """Return the manifest of this volume when it is cut or grown to `size` bytes.
+
+        What is added is zeros. The block at the end that was cut, or grew, is unknown.
+        """
+        found = Manifest(size)
+        if found.block_size != self.block_size:
+            return Manifest.unknown(size)
+        for index in range(min(found.count, self.count)):
+            same = found.span(index) == self.span(index)
+            found[index] = self[index] if same else UNKNOWN
+        return found
+
+    def known(self) -> int:
+        """Return the bytes of the blocks that are known."""
+        spans = (self.span(i) for i in range(self.count) if self[i] != UNKNOWN)
+        return sum(end - start for start, end in spans)
+
+    def is_whole(self) -> bool:
+        """Tell whether every block is known."""
+        return all(self[index] != UNKNOWN for index in range(self.count))
+
+    def slice(self, first: int, last: int) -> bytes:
+        """Return the digests of the blocks from first up to last."""
+        return bytes(self._digests[first * LENGTH : last * LENGTH])
+
+    def digests(self) -> bytes:
+        """Return the digests of all blocks, in order."""
+        return bytes(self._digests)
 
     def root(self) -> str:
         """Return the digest over all blocks, in hex."""
         head = f"virtmigrate-manifest {VERSION} {self.size} {self.block_size}\n"
-        hasher = blake3.blake3(head.encode())
-        for index in range(-(-self.size // self.block_size)):
-            hasher.update(self.blocks.get(index, ZERO))
-        return hasher.hexdigest()
+        return blake3.blake3(head.encode()).update(self._digests).hexdigest()
 
     def digest(self) -> model.Digest:
         """Return what a record keeps of it."""
@@ -70,6 +141,16 @@ class Manifest:
         )
 
 
+def digest_of(data: bytes) -> bytes:
+    """Return the digest of a block, ZERO when it holds nothing but zeros."""
+    return ZERO if is_zero(data) else blake3.blake3(data).digest()
+
+
 def is_zero(data: bytes) -> bool:
     """Tell whether all bytes are zero, at the speed of memcmp."""
+    if len(data) == MiB:
+        return data == _ZEROS
     return not data or (data[0] == 0 and data == bytes(len(data)))
+
+
+_ZEROS = bytes(MiB)

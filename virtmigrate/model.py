@@ -19,6 +19,20 @@ class VolumeState(enum.Enum):
     """Its content is proven."""
     FROZEN = "frozen"
     """Proven, and below a layer: it never changes until that layer is gone."""
+    RETIRED = "retired"
+    """Of an instance that moved away: never started, kept so that a return sends
+    only what changed, and removed first when room is short."""
+
+
+class Proof(enum.Enum):
+    """How a copy was compared with its source."""
+
+    FULL = "full"
+    """Every byte: equal manifests."""
+    SAMPLED = "sampled"
+    """Some blocks, drawn at random."""
+    NONE = "none"
+    """Nothing was compared."""
 
 
 class Role(enum.Enum):
@@ -31,6 +45,8 @@ class Role(enum.Enum):
     MEMORY = "memory"
     LAYER = "layer"
     """Below another volume in a backing chain."""
+    IMAGE = "image"
+    """Read-only, of the image cache: base of disks, and owned by no instance."""
 
 
 class InstanceState(enum.Enum):
@@ -79,6 +95,14 @@ class Digest(Struct, frozen=True):
     root: str
 
 
+class Hold(Struct, frozen=True):
+    """A peer's wish that an image stays, until it has what stands on it."""
+
+    operation: str
+    until: float
+    """Seconds since the epoch; from then on it counts no more."""
+
+
 class Volume(Struct, frozen=True):
     """The record of one volume."""
 
@@ -103,6 +127,11 @@ class Volume(Struct, frozen=True):
     """Of its bytes when the operation that proved it ended."""
     durable: bool = False
     """Fsynced on its host after the last write of ours."""
+    proof: Proof = Proof.FULL
+    """How the copy that it came by was proven. Only FULL is ever a base of a delta
+    or a source for a cache."""
+    holds: tuple[Hold, ...] = ()
+    """Of an image: the transfers that count on it."""
 
 
 class DiskRef(Struct, frozen=True):
@@ -157,10 +186,14 @@ class TransferVolume(Struct, frozen=True):
     backing: str | None = None
     shared: bool = False
     """Both hosts see it: nothing is sent, and neither deletes it for the other."""
+    held: bool = False
+    """The peer has it in its image cache, by this name: nothing is sent."""
     grow: bool = False
     """The guest's view of it grows to `size`, once the domain is started."""
     digest: Digest | None = None
     """Set with the hand-over."""
+    proof: Proof = Proof.FULL
+    """How the copy was proven; set with the hand-over."""
 
 
 class Transfer(Struct, frozen=True):
@@ -206,3 +239,5 @@ class HostCard(Struct, frozen=True):
     tickets: tuple[int, ...]
     """Versions that it reads."""
     backends: tuple[BackendCard, ...]
+    accepts_moves: bool = False
+    """Its receiver finishes moves, and gives instances back."""

@@ -13,19 +13,23 @@ from oslo_log import log as logging
 
 from virtmigrate import (
     __version__,
+    account,
     backends,
     errors,
     instance,
+    limit,
     locks,
     manifest,
     model,
     record,
     storagepool,
+    stream,
     xml,
 )
 from virtmigrate import conf as options
 from virtmigrate.backends import base
 from virtmigrate.host import Host, Timeouts
+from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
@@ -63,10 +67,12 @@ class Mailbox:
                 continue
             try:
                 stored = self.transfers.find(name)
-            except errors.RecordError as e:
-                LOG.error("passed over: %s", e)
+            except (errors.StorageError, errors.LibvirtFailed) as e:
+                LOG.error("transfer=%r passed over: %s", name, e)
                 continue
-            if stored is not None:
+            if stored is not None and stored.body.operation != name:
+                LOG.error("transfer=%r passed over: it is of another operation", name)
+            elif stored is not None:
                 yield stored
 
 
@@ -110,6 +116,7 @@ class Node:
         self.instances = record.Store(
             self._instances_pool, model.Instance, grace=self.options.record_grace
         )
+        self.bandwidth = limit.Limiter(self.options.host_bandwidth_mib * MiB)
         state = Path(self.options.state_path)
         self.journals = state / "journal"
         self.locks = locks.HostLocks(
@@ -128,10 +135,28 @@ class Node:
         self.mailbox.pool.ensure_directory(f"{path}/mailbox/{self.name}")
         self._publish_card()
 
-    @property
-    def stream_bound(self) -> int:
-        """Bytes in one stream."""
-        return int(self.options.stream_length) * MiB
+    def mover(
+        self, progress: Progress | None = None, counted: account.Account | None = None
+    ) -> stream.Mover:
+        """Return what copies volumes from this host, within its limits."""
+        tuning = stream.Tuning(
+            workers=self.options.transfer_workers,
+            stretch=self.options.stream_length * MiB,
+            retry=self.options.retry_timeout,
+        )
+        own = limit.Limiter(self.options.bandwidth_mib * MiB)
+        return stream.Mover(
+            tuning,
+            progress=progress,
+            counted=counted,
+            limits=limit.Limits(own, self.bandwidth),
+        )
+
+    @contextlib.contextmanager
+    def sending(self, progress: Progress) -> Iterator[None]:
+        """Hold one of the host's `max_transfers` slots; Cancelled while waiting."""
+        with self.locks.slot("transfer", self.options.max_transfers, progress.check):
+            yield
 
     @contextlib.contextmanager
     def claimed(self, uuid: str) -> Iterator[None]:
@@ -146,6 +171,11 @@ class Node:
         stored = self.instances.publish(body.uuid, body, after=after)
         self.instances.prune(body.uuid)
         return stored.generation
+
+    def own_record(self, uuid: str) -> model.Instance | None:
+        """Return an instance's record if it is this host's: hosts may share them."""
+        stored = self.instances.find(uuid)
+        return stored.body if stored and stored.body.host == self.name else None
 
     def entitled(self, uuid: str) -> model.Instance:
         """Return the record of an instance that this host may run.
@@ -196,11 +226,14 @@ class Node:
         """Remove an instance's volumes and its record; can be called again.
 
         Only with a record that it is here, and only volumes whose records name it
-        as their owner.
+        as their owner. Without a record, what it retired here when it moved away.
         """
         stored = self.instances.find(uuid)
         here = model.InstanceState.HERE
-        if stored is None or (stored.body.host, stored.body.state) != (self.name, here):
+        if stored is None:
+            self._remove_retired(uuid)
+            return
+        if (stored.body.host, stored.body.state) != (self.name, here):
             return
         for backend in self.backends.values():
             for name in backend.volumes.names():
@@ -218,6 +251,12 @@ class Node:
         return self.backends[name]
 
     # Private
+
+    def _remove_retired(self, uuid: str) -> None:
+        for backend in self.backends.values():
+            for volume in backend.retired(uuid):
+                backend.remove(volume.name)
+                LOG.info("instance=%s retired volume=%s removed", uuid, volume.name)
 
     def _file_backend(self) -> base.Backend:
         name = self.options.file_backend or next(iter(self.backends))
@@ -238,7 +277,8 @@ class Node:
             records=record.READS,
             manifests=manifest.READS,
             tickets=TICKETS,
-            backends=tuple(_card(backend) for backend in self.backends.values()),
+            backends=tuple(card_of(backend) for backend in self.backends.values()),
+            accepts_moves=self.options.accept_moves,
         )
         stored = self.mailbox.cards.find(CARD)
         if stored is None or stored.body != card:
@@ -257,7 +297,8 @@ def _host_uuid(capabilities: str) -> str:
     return xml.parse(capabilities).findtext("host/uuid") or ""
 
 
-def _card(backend: base.Backend) -> model.BackendCard:
+def card_of(backend: base.Backend) -> model.BackendCard:
+    """Return what peers are told of a backend."""
     return model.BackendCard(
         name=backend.name,
         kind=backend.kind,

@@ -6,22 +6,49 @@ goes over `transfer_uri`, so that an unprivileged libvirtd can serve it. At the
 peer only volumes named after our own operation are made or removed.
 """
 
+import secrets
+import time
+from pathlib import Path
+
 import libvirt
+import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, manifest, model, node, record, storagepool, stream, xml
+from virtmigrate import (
+    account,
+    asking,
+    assistance,
+    errors,
+    known,
+    manifest,
+    model,
+    node,
+    reading,
+    record,
+    request,
+    reservation,
+    storagepool,
+    stream,
+    writing,
+    xml,
+)
 from virtmigrate.host import Host
-from virtmigrate.model import TransferState
-from virtmigrate.progress import Progress
-from virtmigrate.units import format_bytes
+from virtmigrate.known import Known
+from virtmigrate.manifest import Manifest
+from virtmigrate.model import Proof, TransferState
+from virtmigrate.request import Request, Verb
 
 LOG = logging.getLogger(__name__)
 
-RESERVING = (TransferState.RESERVED, TransferState.GIVEN, TransferState.TAKEN)
-"""States in which a transfer's volumes may still grow."""
-
 HELD = (TransferState.TAKEN, TransferState.SETTLED, TransferState.RETURNING)
 """States in which the peer has the instance and may have to give it back."""
+
+
+_HELPS = 64
+"""Operations whose talks with the receiver are remembered."""
+
+SAMPLE = 64
+"""Blocks that are compared by verify = sampled."""
 
 
 class Peer:
@@ -32,13 +59,18 @@ class Peer:
     Arguments:
         host: the connection to its transfer URI.
         mailbox: its mailbox.
+        patience: seconds that its receiver has to begin with a request.
     """
 
-    def __init__(self, host: Host, mailbox: node.Mailbox) -> None:
+    def __init__(
+        self, host: Host, mailbox: node.Mailbox, patience: float = 10.0
+    ) -> None:
         self.host = host
         self.name = host.name
         self._mailbox = mailbox
         self.transfers = mailbox.transfers
+        self._patience = patience
+        self._helps: dict[str, assistance.Assistance] = {}
 
     # Before anything is touched
 
@@ -71,74 +103,208 @@ class Peer:
 
     # The transfer
 
-    def reserve(self, transfer: model.Transfer, card: model.BackendCard) -> None:
+    def reserve(
+        self,
+        transfer: model.Transfer,
+        card: model.BackendCard,
+        check: assistance.Check = lambda: None,
+    ) -> model.Transfer:
         """Publish the transfer, which reserves its room; then see that there is room.
 
         Every reservation counts, also one made at the same moment, so two never
-        overcommit (both may be refused). Raises NoSpace; the reservation stays
-        until `forget`.
+        overcommit (both may be refused). What the peer has in its image cache is
+        held there, and needs no room. Returns the transfer with that. `check` ends
+        the waiting for the peer's receiver by what it raises. Raises
+        NoSpace; the reservation stays until `forget`.
         """
-        self.transfers.publish(transfer.operation, transfer)
-        wanted = sum(volume.room for volume in transfer.volumes)
-        reserved = self._reserved(transfer, card)
-        free = max(0, self._pool(card.incoming).room().free - card.reserved)
-        if wanted + reserved > free:
-            raise errors.NoSpace(
-                host=self.name,
-                pool=card.incoming,
-                free=format_bytes(free),
-                wanted=format_bytes(wanted),
-                reserved=format_bytes(reserved),
-            )
+        # A receiver that was silent in an earlier attempt may be there now.
+        self._helps.pop(transfer.operation, None)
+        found = self.transfers.find(transfer.operation)
+        if found is not None:
+            self._demand_reserved(found.body)
+        stored = self.transfers.publish(
+            transfer.operation, transfer, after=found.generation if found else 0
+        )
+        helps = self._help(transfer.operation)
+        holding = helps.hold(transfer, check)
+        if holding != transfer:
+            self.transfers.publish(stored.name, holding, after=stored.generation)
+        room = reservation.Room(self._mailbox, card, self._pool(card.incoming))
+        missing = room.missing(holding)
+        if missing and helps.reclaim(missing, check):
+            missing = room.missing(holding)
+        if missing:
+            raise room.error(holding)
+        return holding
 
     def transfer(self, operation: str) -> record.Stored[model.Transfer] | None:
         """Return the transfer's record as it is now at the peer."""
         return self.transfers.find(operation)
 
-    def writer(
-        self, card: model.BackendCard, volume: model.TransferVolume, bound: int
-    ) -> stream.VolumeWriter:
-        """Create an incoming volume at its full size and return its writer.
+    def amend(
+        self, transfer: model.Transfer, volumes: tuple[model.TransferVolume, ...]
+    ) -> model.Transfer:
+        """Publish other lengths of the volumes; return the transfer with them."""
+        stored = self.transfers.read(transfer.operation)
+        self._demand_reserved(stored.body)
+        amended = msgspec.structs.replace(stored.body, volumes=volumes)
+        self.transfers.publish(stored.name, amended, after=stored.generation)
+        return amended
 
-        A half-written one of this operation is made anew.
+    def renew(self, operation: str) -> None:
+        """See that the reservation stands, and let its age begin anew.
+
+        Raises HostError when the peer gave it up, RecordMissing.
         """
-        pool, size = self._pool(card.incoming), sent_size(volume)
-        try:
-            pool.create_raw(volume.name, size)
-        except errors.VolumeExists:
+        stored = self.transfers.read(operation)
+        self._demand_reserved(stored.body)
+        renewed = msgspec.structs.replace(stored.body, created=time.time())
+        self.transfers.publish(operation, renewed, after=stored.generation)
+
+    def prepare(
+        self,
+        operation: str,
+        card: model.BackendCard,
+        volume: model.TransferVolume,
+        kept: Path,
+        check: assistance.Check = lambda: None,
+    ) -> Known:
+        """Have the incoming volume there at its full size; return what it holds.
+
+        What an earlier attempt left is gone on with, then what the peer retired of
+        this disk; else it is made anew, full of zeros.
+
+        Arguments:
+            kept: the file that keeps what the volume holds.
+            check: raises what ends the waiting for the peer's receiver.
+        """
+        pool, size = self._pool(card.incoming), reservation.sent_size(volume)
+        found = known.load(kept)
+        helps = self._help(operation)
+        if (
+            found is not None
+            and _has(pool, volume.name, found.size)
+            and (found.size == size or helps.grow(volume.name, found.size, size, check))
+        ):
+            return Known(found.fitted(size), kept)
+        # Nothing may be believed of a volume that is made anew.
+        known.forget(kept)
+        pool.delete(volume.name)
+        reused = helps.reuse(volume.name, size, check)
+        if reused is None:
             pool.delete(volume.name)
             pool.create_raw(volume.name, size)
-        return stream.VolumeWriter(pool, volume.name, size, bound)
+        return Known(reused or Manifest(size), kept)
+
+    def target(
+        self, card: model.BackendCard, volume: model.TransferVolume
+    ) -> writing.VolumeTarget:
+        """Return the incoming volume, to write to."""
+        return writing.VolumeTarget(
+            self._pool(card.incoming), volume.name, reservation.sent_size(volume)
+        )
 
     def verify(
         self,
+        operation: str,
         card: model.BackendCard,
         volume: model.TransferVolume,
-        bound: int,
-        progress: Progress,
-    ) -> manifest.Manifest:
-        """Read an incoming volume back and return its manifest."""
-        size = sent_size(volume)
-        pool = self._pool(card.incoming)
-        if pool.physical(volume.name) != size:
-            raise errors.ShortTransfer(
-                volume=volume.name, host=self.name, reason="the copy has another size"
-            )
-        reader = stream.VolumeReader(pool, volume.name, size, bound)
-        return stream.survey(reader, size, progress)
+        mover: stream.Mover,
+        proof: Proof,
+    ) -> Manifest:
+        """Return the manifest of an incoming volume, unknown where it was not read.
+
+        The peer's receiver reads it; if there is none, it is read back over the
+        network. Raises ShortTransfer, HostError.
+        """
+        size = reservation.sent_size(volume)
+        sample = SAMPLE if proof is Proof.SAMPLED else 0
+        wanted = Request(
+            verb=Verb.VERIFY,
+            volume=volume.name,
+            size=size,
+            sample=sample,
+            seed=secrets.token_hex(16),
+        )
+        try:
+            found = mover.persist(lambda: self._help(operation).verify(wanted, mover))
+        except (errors.ReceiverSilent, errors.RequestRefused) as e:
+            LOG.warning("operation=%s %s: read back over the network", operation, e)
+            found = self._read_back(card, wanted, mover)
+        mover.account.add(verified=found.known())
+        return found
+
+    def finish(self, operation: str) -> None:
+        """Let the peer's own driver take the instance that was given.
+
+        Raises RequestRefused, ReceiverSilent: how far it came is not known then.
+        """
+        self._help(operation).finish()
+
+    def give_back(self, operation: str) -> None:
+        """Let the peer's own driver give the instance back; raises as finish()."""
+        self._help(operation).give_back()
+
+    def release(self, operation: str) -> None:
+        """Give up what the peer holds for the operation; a lease ends by itself."""
+        self._help(operation).release()
+
+    def remove(self, card: model.BackendCard, names: set[str]) -> None:
+        """Remove incoming volumes of ours that a move needs no more."""
+        for name in sorted(names):
+            self._pool(card.incoming).delete(name)
 
     def remove_volumes(self, transfer: model.Transfer, card: model.BackendCard) -> None:
         """Remove what this operation made in incoming; can be called again."""
         pool = self._pool(card.incoming)
         for volume in transfer.volumes:
-            if not volume.shared:
+            if not volume.shared and not volume.held:
                 pool.delete(volume.name)
 
     def forget(self, operation: str) -> None:
         """Remove the transfer's record: it is over."""
         self.transfers.remove(operation)
+        self._helps.pop(operation, None)
 
     # Private
+
+    def _demand_reserved(self, transfer: model.Transfer) -> None:
+        if transfer.state is not TransferState.RESERVED:
+            raise errors.HostError(
+                host=self.name,
+                reason=f"it gave the reservation {transfer.operation} up (it is "
+                f"{transfer.state.value})",
+            )
+
+    def _help(self, operation: str) -> assistance.Assistance:
+        """Return what the peer's receiver does for an operation."""
+        if len(self._helps) > _HELPS:
+            self._helps.clear()
+        found = self._helps.get(operation)
+        if found is None:
+            asker = asking.Asker(
+                self._mailbox.pool,
+                operation,
+                begin_timeout=self._patience,
+                stall_timeout=self.host.timeouts.call,
+            )
+            found = self._helps[operation] = assistance.Assistance(asker)
+        return found
+
+    def _read_back(
+        self, card: model.BackendCard, wanted: Request, mover: stream.Mover
+    ) -> Manifest:
+        pool = self._pool(card.incoming)
+        if pool.physical(wanted.volume) != wanted.size:
+            raise errors.ShortTransfer(
+                volume=wanted.volume, host=self.name, reason="the copy has another size"
+            )
+        source = reading.VolumeSource(pool, wanted.volume, wanted.size)
+        blocks = None
+        if wanted.sample:
+            count = Manifest(wanted.size).count
+            blocks = request.sampled(count, wanted.sample, wanted.seed)
+        return mover.survey(source, blocks, waits=account.PEER)
 
     def _pool(self, name: str) -> storagepool.Pool:
         ours = self._mailbox.pool
@@ -154,16 +320,6 @@ class Peer:
                     reason=f"it has a domain {domain.name()} ({domain.UUIDString()})",
                 )
 
-    def _reserved(self, transfer: model.Transfer, card: model.BackendCard) -> int:
-        """Return the bytes that other transfers may still write."""
-        pool = self._pool(card.incoming)
-        total = 0
-        for other in self._mailbox.open_transfers():
-            ours = other.name == transfer.operation
-            if not ours and other.body.backend == card.name:
-                total += outstanding(other.body, pool)
-        return total
-
 
 class Needs(model.Struct, frozen=True):
     """What a domain asks of the host that is to run it."""
@@ -177,32 +333,6 @@ class Needs(model.Struct, frozen=True):
     """A named model; None when any CPU of the host will do."""
 
 
-def sent_size(volume: model.TransferVolume) -> int:
-    """Return the size of the raw volume that the bytes are sent into.
-
-    A raw disk that grows is created grown: behind its old end it reads as zeros.
-    Other formats keep their length, the guest's view of them grows later.
-    """
-    raw = volume.format.value == "raw"
-    return max(volume.size, volume.length) if raw else volume.length
-
-
-def outstanding(transfer: model.Transfer, pool: storagepool.Pool) -> int:
-    """Return the bytes that a transfer has reserved and not written yet."""
-    if transfer.state not in RESERVING:
-        return 0
-    total = 0
-    for volume in transfer.volumes:
-        written = 0
-        if not volume.shared:
-            try:
-                written = pool.allocated(volume.name)
-            except errors.VolumeNotFound:
-                LOG.debug("volume=%s is not begun", volume.name)
-        total += max(0, volume.room - written)
-    return total
-
-
 def agree(card: model.HostCard) -> None:
     """Raise HostError unless the peer reads something that we write."""
     pairs = (
@@ -211,16 +341,29 @@ def agree(card: model.HostCard) -> None:
         ("migration strings", node.TICKETS, card.tickets),
     )
     for what, ours, theirs in pairs:
-        # This release writes one version of each; the newest that both know.
-        if max(ours) not in theirs:
+        # What this release reads it also writes: the newest that both know is used.
+        if not set(ours) & set(theirs):
             raise errors.HostError(
                 host=card.host,
                 reason=f"release {card.release} reads {what} of versions "
-                f"{list(theirs)}, and this one writes {max(ours)}",
+                f"{list(theirs)}, and this one writes {list(ours)}",
             )
 
 
 # Private
+
+
+def _has(pool: storagepool.Pool, name: str, size: int) -> bool:
+    return pool.has(name) and pool.physical(name) == size
+
+
+def _length_known(found: Manifest) -> int:
+    read = 0
+    for index in range(found.count):
+        if found[index] != manifest.UNKNOWN:
+            start, end = found.span(index)
+            read += end - start
+    return read
 
 
 def _usable(capabilities: str, model_name: str) -> bool:

@@ -45,6 +45,7 @@ class Progress:
         self._listener = listener
         self._interval = interval
         self._cancelled = threading.Event()
+        self._lock = threading.Lock()
         self._phase = ""
         self._done = self._total = self.sent = 0
         self._began = self._told = 0.0
@@ -68,10 +69,13 @@ class Progress:
     def advance(self, done: int, *, sent: int = 0) -> None:
         """Count bytes; called once per chunk."""
         self.check()
-        self._done += done
-        self.sent += sent
-        if time.monotonic() - self._told >= self._interval:
-            self._tell()
+        with self._lock:
+            self._done += done
+            self.sent += sent
+            if time.monotonic() - self._told < self._interval:
+                return
+            self._told = time.monotonic()
+        self._tell()
 
     def report(self) -> Report:
         """Return where the work is."""

@@ -166,6 +166,10 @@ class Store(Generic[T]):
         for generation in self._generations(name):
             self.pool.delete(_volume(name, generation))
 
+    def written(self, stored: Stored[T]) -> float:
+        """Return when a record was written, by its host's clock; 0 if it is gone."""
+        return self.pool.written(_volume(stored.name, stored.generation))
+
     # Private
 
     def _where(self, name: str) -> dict[str, str]:
@@ -204,6 +208,8 @@ class Store(Generic[T]):
             data = self.pool.read(_volume(name, generation), limit=MAX_SIZE)
         except errors.VolumeNotFound:
             return True
+        except (ValueError, errors.ShortTransfer):
+            return False
         return not any(data[:_BLOCK])
 
     def _next(self, name: str, after: int) -> int:

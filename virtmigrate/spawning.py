@@ -8,12 +8,11 @@ from pathlib import Path
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, stream
+from virtmigrate import domainxml, errors, model, node, reading, writing
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration.plan import NVRAM
 from virtmigrate.model import InstanceState, Role, VolumeState
-from virtmigrate.progress import Progress
 from virtmigrate.rollback import Rollback
 from virtmigrate.units import KiB, round_up
 
@@ -202,19 +201,17 @@ class _Volumes:
             origin=self._here.name,
         )
         self._undo.add(f"remove {name}", lambda: self._backend.remove(name))
+        # What instances left that moved away goes before a new one is refused.
+        if self._backend.room() < size:
+            self._backend.reclaim(lambda _: self._backend.room() >= size)
         return self._backend.allocate(volume)
 
     def _upload(self, volume: model.Volume, source: Path, length: int) -> None:
-        pool, bound, progress = (
-            self._backend.incoming,
-            self._here.stream_bound,
-            Progress(),
-        )
-        writer = stream.VolumeWriter(pool, volume.name, volume.size, bound)
-        reader = stream.FileReader(source, length)
-        sent = stream.copy(reader, writer, volume.size, progress)
-        back = stream.VolumeReader(pool, volume.name, volume.size, bound)
-        found = stream.survey(back, volume.size, progress)
+        pool = self._backend.incoming
+        target = writing.VolumeTarget(pool, volume.name, volume.size)
+        with self._here.mover() as mover:
+            sent = mover.copy(reading.FileSource(source, length), target)
+            found = mover.survey(reading.VolumeSource(pool, volume.name, volume.size))
         if sent.root() != found.root():
             raise errors.VerificationFailed(
                 volume=volume.name,

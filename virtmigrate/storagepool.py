@@ -19,13 +19,10 @@ import libvirt
 import tenacity
 from oslo_log import log as logging
 
-from virtmigrate import errors, xml
+from virtmigrate import errors, translation, wire, xml
 from virtmigrate.host import Host, Session
 
 LOG = logging.getLogger(__name__)
-
-CHUNK = 262_120
-"""What one message of libvirt's protocol carries; the fastest size to send."""
 
 _NONCE_AGE = 3600.0
 """Seconds after which a nonce is one that a killed process left."""
@@ -171,12 +168,7 @@ class Pool:
 
     def physical(self, name: str) -> int:
         """Return the file's length or the device's size: a stat, no header."""
-        flags = libvirt.VIR_STORAGE_VOL_GET_PHYSICAL
-        info = self._retry(
-            f"measuring {name}",
-            lambda s, pool: self._lookup(pool, name).infoFlags(flags),
-        )
-        return int(info[2])
+        return self._measure(name)[1]
 
     def allocated(self, name: str) -> int:
         """Return the bytes that the volume takes on its storage."""
@@ -185,13 +177,28 @@ class Pool:
         )
         return int(info[2])
 
+    def written(self, name: str) -> float:
+        """Return when a volume was written last, by its host's clock; 0: unknown."""
+        try:
+            with self.opened(name, f"looking at {name}") as (_, vol):
+                tree = xml.parse(vol.XMLDesc(0))
+            return float(xml.text_at(tree, "target/timestamps/mtime") or 0)
+        except (errors.VolumeNotFound, ValueError):
+            return 0.0
+
     def read(self, name: str, *, limit: int) -> bytes:
-        """Return a small volume's bytes; ValueError when they are more than limit."""
-        size = self.physical(name)
+        """Return a small volume's bytes.
+
+        ValueError when they are more than limit, or it is a directory or the like:
+        who may write to a pool can make one.
+        """
+        kind, size = self._measure(name)
+        if kind not in (libvirt.VIR_STORAGE_VOL_FILE, libvirt.VIR_STORAGE_VOL_BLOCK):
+            raise ValueError(f"{name} is of kind {kind}, and holds no bytes")
         if size > limit:
             raise ValueError(f"{name} has {size} bytes, more than {limit}")
         with self._session(f"reading {name}", volume=name) as (session, pool):
-            return _download(session, self._lookup(pool, name), size)
+            return wire.download(session, self._lookup(pool, name), size)
 
     def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
         """Write to a small volume.
@@ -200,7 +207,7 @@ class Pool:
         back.
         """
         with self._session(f"writing {name}", volume=name) as (session, pool):
-            _upload(session, self._lookup(pool, name), data, offset)
+            wire.upload(session, self._lookup(pool, name), data, offset)
 
     @contextlib.contextmanager
     def opened(
@@ -209,6 +216,16 @@ class Pool:
         """Yield a session and the volume, for a stream."""
         with self._session(doing, volume=name) as (session, pool):
             yield session, self._lookup(pool, name)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Call, and call again while libvirt refreshes the pool in the background."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(errors.PoolBusy),
+            wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.5),
+            stop=tenacity.stop_after_delay(self.busy_timeout),
+            reraise=True,
+        )
+        return retrying(call)
 
     # This machine's view
 
@@ -250,6 +267,15 @@ class Pool:
 
     # Private
 
+    def _measure(self, name: str) -> tuple[int, int]:
+        """Return what kind of volume it is, and its length."""
+        flags = libvirt.VIR_STORAGE_VOL_GET_PHYSICAL
+        info = self._retry(
+            f"measuring {name}",
+            lambda s, pool: self._lookup(pool, name).infoFlags(flags),
+        )
+        return int(info[0]), int(info[2])
+
     def _prove_local(self) -> bool:
         if not os.access(self.path, os.R_OK | os.X_OK):
             return False
@@ -260,7 +286,7 @@ class Pool:
         try:
             return session.conn.storagePoolLookupByName(self.name)
         except libvirt.libvirtError as e:
-            if e.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            if translation.code(e) != libvirt.VIR_ERR_NO_STORAGE_POOL:
                 raise
         return session.conn.storagePoolDefineXML(self._pool_xml(path), 0)
 
@@ -312,13 +338,13 @@ class Pool:
         try:
             return pool.storageVolLookupByName(name)
         except libvirt.libvirtError as e:
-            if e.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+            if translation.code(e) != libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise
         pool.refresh(0)
         try:
             return pool.storageVolLookupByName(name)
         except libvirt.libvirtError as e:
-            if e.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+            if translation.code(e) != libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise
             raise errors.VolumeNotFound(
                 host=self.host.name, pool=self.name, volume=name
@@ -338,77 +364,10 @@ class Pool:
         call: "Callable[[Session, libvirt.virStoragePool], T]",
         volume: str = "?",
     ) -> T:
-        """Call, and call again while libvirt refreshes the pool in the background."""
+        """Call in a session, patiently."""
 
         def attempt() -> T:
             with self._session(doing, volume=volume) as (session, pool):
                 return call(session, pool)
 
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_passes),
-            wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.5),
-            stop=tenacity.stop_after_delay(self.busy_timeout),
-            reraise=True,
-        )
-        return retrying(attempt)
-
-
-def _passes(error: BaseException) -> bool:
-    """Tell whether a call that failed is worth another try.
-
-    The binding reads libvirt's last error after the call; a libvirt object that the
-    garbage collector frees in between clears it. Then only the next try tells why.
-    """
-    lost = isinstance(error, errors.LibvirtFailed) and error.code is None
-    return lost or isinstance(error, errors.PoolBusy)
-
-
-def _download(session: Session, vol: "libvirt.virStorageVol", size: int) -> bytes:
-    stream = session.conn.newStream(0)
-    vol.download(stream, 0, size, 0)
-    data = bytearray()
-    try:
-        while len(data) < size:
-            piece = stream.recv(min(CHUNK, size - len(data)))
-            if not piece:
-                break
-            data += piece
-            session.touch()
-        stream.finish()
-    except BaseException:
-        abort(stream)
-        raise
-    return bytes(data)
-
-
-def _upload(
-    session: Session, vol: "libvirt.virStorageVol", data: bytes, offset: int
-) -> None:
-    stream = session.conn.newStream(0)
-    vol.upload(stream, offset, len(data), 0)
-    try:
-        send_all(session, stream, data)
-        stream.finish()
-    except BaseException:
-        abort(stream)
-        raise
-
-
-def send_all(session: Session, stream: "libvirt.virStream", data: bytes) -> None:
-    """Send all of data, in pieces of the protocol's best size."""
-    view = memoryview(data)
-    while view:
-        session.touch()
-        sent = stream.send(bytes(view[:CHUNK]))
-        if sent <= 0:
-            raise OSError(f"the stream took {sent} bytes")
-        view = view[sent:]
-    session.touch()
-
-
-def abort(stream: "libvirt.virStream") -> None:
-    """Abort a stream in clean-up: the first error is the one that counts."""
-    try:
-        stream.abort()
-    except libvirt.libvirtError as e:
-        LOG.debug("aborting a stream: %s", e)
+        return self.patiently(attempt)

@@ -1,150 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Move the bytes of one volume, and prove that they arrived.
+"""Move the bytes of volumes, and know what arrived.
 
-The target is created raw at its full size, so it reads as zeros, and the blocks
-that hold data are uploaded at their offsets: no sparse flag is needed, whose
-holes are only safe in one pass over a fresh volume. A stream is bounded and
-finished: that is the acknowledgement, and what libvirtd may have to queue. What
-finish() says is not believed: the copy is read back, and its manifest must be
-the source's.
+One rule sends everything that has to be sent, and nothing else: a block of the
+source is written when its digest is not what the target is known to hold there.
+Holes and zeros of a fresh target, blocks of an older copy, and what an earlier
+attempt got through are not sent; what lies in a block device from before is
+overwritten.
+
+A few workers take stretches of the volume in turn, each with connections of its
+own: while one reads and hashes, another sends. A stretch is what one libvirt
+stream may be long: libvirtd queues what its disk does not take. When a host goes
+away, the stretch is tried again, and only what was not acknowledged is sent again.
 """
 
+import concurrent.futures
 import contextlib
-import errno
-import os
+import threading
+import time
 import types
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
 
-import libvirt
+import blake3
 
-from virtmigrate import errors, manifest, storagepool
+from virtmigrate import account, crew, errors, limit, manifest, reading, writing
+from virtmigrate.known import Known
+from virtmigrate.manifest import UNKNOWN, ZERO, Manifest
 from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
 
-_HOLE = -3
-"""What recvFlags returns at a hole (virStreamRecvFlags)."""
+T = TypeVar("T")
+
+HELD = reading.WINDOW
+"""Bytes of a block that a worker keeps; of longer ones it reads pieces, twice."""
+
+PIECE = MiB
 
 
-class Reader(Protocol):
-    """Yields a volume's data, in order; what lies between is zeros."""
+@dataclass(frozen=True)
+class Tuning:
+    """How a copy uses hosts and time."""
 
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, data); no piece is longer than a block."""
-        ...
+    workers: int = 2
+    stretch: int = 32 * MiB
+    """Bytes of one stream, and of what one worker takes at once."""
+    retry: float = 0.0
+    """Seconds without any acknowledgement after which a lost host is given up,
+    counted from its loss."""
 
 
-class FileReader:
-    """Reads a file of this machine, skipping its holes.
+class Mover:
+    """Copies volumes with a few workers that live as long as `with`.
+
+    One copy at a time. Leaving `with` joins the workers.
 
     Arguments:
-        path: the file; it must not change meanwhile.
-        size: its length in bytes; SourceChanged when it is another one.
-    """
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = path
-        self._size = size
-
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        with self._path.open("rb", buffering=0) as file:
-            self._expect(os.fstat(file.fileno()).st_size)
-            before = os.fstat(file.fileno()).st_mtime_ns
-            for start, end in _extents(file.fileno(), self._size):
-                yield from self._range(file.fileno(), start, end)
-            after = os.fstat(file.fileno())
-            self._expect(after.st_size)
-            if after.st_mtime_ns != before:
-                raise self._changed("somebody wrote to it")
-
-    # Private
-
-    def _range(self, fd: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-        while start < end:
-            # Never across a block's end, so that blocks are put together simply.
-            length = min(end, (start // MiB + 1) * MiB) - start
-            data = os.pread(fd, length, start)
-            if len(data) < length:
-                raise self._changed(f"it ends at {start + len(data)}")
-            yield start, data
-            start += length
-
-    def _expect(self, size: int) -> None:
-        if size != self._size:
-            raise self._changed(f"it has {size} bytes instead of {self._size}")
-
-    def _changed(self, reason: str) -> errors.SourceChanged:
-        return errors.SourceChanged(
-            volume=self._path.name, host="?", reason=f"the source changed: {reason}"
-        )
-
-
-class VolumeReader:
-    """Downloads a volume in bounded streams, skipping its holes."""
-
-    def __init__(
-        self, pool: storagepool.Pool, name: str, size: int, bound: int
-    ) -> None:
-        self._pool = pool
-        self._name = name
-        self._size = size
-        self._bound = bound
-
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        for start in range(0, self._size, self._bound):
-            length = min(self._bound, self._size - start)
-            yield from self._download(start, length)
-
-    # Private
-
-    def _download(self, start: int, length: int) -> list[tuple[int, bytes]]:
-        """Return a bounded range whole: no session waits while data is consumed."""
-        doing = f"downloading {self._name}"
-        found: list[tuple[int, bytes]] = []
-        with self._pool.opened(self._name, doing) as (session, vol):
-            stream = session.conn.newStream(0)
-            flags = libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM
-            vol.download(stream, start, length, flags)
-            with _aborting(stream):
-                position, end = start, start + length
-                while position < end:
-                    data, skipped = _receive(stream, end - position)
-                    if not data and not skipped:
-                        raise self._short(position)
-                    session.touch()
-                    if data:
-                        found.append((position, data))
-                    position += len(data) + skipped
-                stream.finish()
-        return found
-
-    def _short(self, position: int) -> errors.ShortTransfer:
-        return errors.ShortTransfer(
-            volume=self._name,
-            host=self._pool.host.name,
-            reason=f"it ends at {position} instead of {self._size}",
-        )
-
-
-class VolumeWriter:
-    """Uploads blocks to a fresh raw volume; contiguous ones share a stream.
-
-    Not safe to share between threads. Leaving `with` without an error finishes
-    the last stream.
+        limits: what bandwidth may be used; None is all.
     """
 
     def __init__(
-        self, pool: storagepool.Pool, name: str, size: int, bound: int
+        self,
+        tuning: Tuning = Tuning(),
+        *,
+        progress: Progress | None = None,
+        counted: account.Account | None = None,
+        limits: limit.Limits | None = None,
     ) -> None:
-        self._pool = pool
-        self._name = name
-        self._size = size
-        self._bound = bound
-        self._open: contextlib.ExitStack | None = None
-        self._next = self._end = 0
+        self.tuning = tuning
+        self.progress = progress or Progress()
+        self.account = counted or account.Account()
+        self.limits = limits or limit.Limits()
 
-    def __enter__(self) -> "VolumeWriter":
+    def __enter__(self) -> Self:
+        self._workers = concurrent.futures.ThreadPoolExecutor(
+            self.tuning.workers, thread_name_prefix="virtmigrate-mover"
+        )
         return self
 
     def __exit__(
@@ -153,139 +84,339 @@ class VolumeWriter:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._finish()
-        elif self._open is not None:
-            opened, self._open = self._open, None
-            # Aborting waits for an answer, so the clock must run again.
-            self._session.touch()
-            storagepool.abort(self._stream)
-            # The session makes libvirt's errors ours.
-            opened.__exit__(kind, error, trace)
+        self._workers.shutdown()
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Write a block; blocks come in the order of their offsets."""
-        end = offset + len(data)
-        if self._open is None or offset != self._next or end > self._end:
-            self._finish()
-            self._begin(offset, len(data))
-        # The stream's length is a promise to nobody: libvirtd takes fewer bytes.
-        storagepool.send_all(self._session, self._stream, data)
-        self._next = end
-        # What takes long now is the source, not this host.
-        self._session.rest()
+    def copy(
+        self,
+        source: reading.Source,
+        target: writing.VolumeTarget,
+        known: Known | None = None,
+    ) -> Manifest:
+        """Make the target equal to the source; return the source's manifest.
+
+        Where the target is longer, the rest of it is made zeros.
+
+        Arguments:
+            known: what the target holds; by default zeros, as a fresh volume does.
+                It tells afterwards, also after an error, what arrived.
+
+        Raises Cancelled, TransferError, HostError, StorageError; the target is
+        then partial. A source that is longer than the target is a TransferError,
+        and nothing was written.
+        """
+        known = known or Known(Manifest(target.size))
+        _demand_fit(source, target, known)
+        task = _Copy(self, source, target, known)
+        self._run(task, source, task.feed(known))
+        return task.found
+
+    def survey(
+        self,
+        source: reading.Source,
+        blocks: Sequence[int] | None = None,
+        waits: account.Wait = account.SOURCE,
+    ) -> Manifest:
+        """Read a volume and return its manifest.
+
+        Arguments:
+            blocks: the ones to read, the others stay unknown; None is all.
+            waits: what reading counts as.
+        """
+        task = _Survey(self, source, source.size, waits)
+        if blocks is None:
+            feed = task.feed(None)
+        else:
+            feed = (range(index, index + 1) for index in blocks)
+        self._run(task, source, feed)
+        return task.found
+
+    def persist(self, call: Callable[[], T]) -> T:
+        """Call, and call again while a host is away, as a copy does."""
+        return crew.Crew(_Idle(self), iter(()), self.tuning.retry).persist(call)
 
     # Private
 
-    def _begin(self, offset: int, least: int) -> None:
-        stack = contextlib.ExitStack()
-        with stack:
-            opened = self._pool.opened(self._name, f"uploading {self._name}")
-            self._session, vol = stack.enter_context(opened)
-            self._stream = self._session.conn.newStream(0)
-            # Blocks of huge volumes may be longer than a stream should be.
-            length = max(least, min(self._bound, self._size - offset))
-            vol.upload(self._stream, offset, length, 0)
-            self._open = stack.pop_all()
-        self._end = offset + length
-
-    def _finish(self) -> None:
-        if self._open is None:
-            return
-        with self._open:
-            self._open = None
-            self._session.touch()
-            with _aborting(self._stream):
-                self._stream.finish()
+    def _run(
+        self, task: "_Survey", source: reading.Source, feed: Iterator[range]
+    ) -> None:
+        hands = crew.Crew(task, feed, self.tuning.retry)
+        with contextlib.ExitStack() as opened:
+            hands.persist(opened.enter_context, source)
+            hands.run(self._workers, self.tuning.workers)
+            # Whoever cancelled while the last block went hears of it.
+            task.check()
+            hands.persist(source.demand_unchanged)
 
 
-def copy(
-    reader: Reader, writer: VolumeWriter, size: int, progress: Progress
-) -> manifest.Manifest:
-    """Send what is not zeros and return the manifest of what was read.
+class _Idle:
+    """A task that has nothing to do but what it is asked for."""
 
-    Arguments:
-        size: bytes of the source.
-    Raises Cancelled, TransferError, HostError; the target is then partial.
-    """
-    result = manifest.Manifest(size)
-    position = 0
-    with writer:
-        for index, data in blocks(reader, result.block_size, size):
-            start = index * result.block_size
-            sent = 0
-            if result.add(index, data):
-                writer.write(start, data)
-                sent = len(data)
-            progress.advance(start + len(data) - position, sent=sent)
-            position = start + len(data)
-    progress.advance(size - position)
-    return result
+    def __init__(self, mover: Mover) -> None:
+        self.stop = threading.Event()
+        self.moved = time.monotonic()
+        """When something was acknowledged last."""
+        self._mover = mover
+
+    def handle(self, blocks: range) -> None:
+        """Do one stretch; may be called again for the same."""
+
+    def check(self) -> None:
+        """Raise Cancelled when this work is to end."""
+        self._mover.progress.check()
+        if self.stop.is_set():
+            raise errors.Cancelled
 
 
-def survey(reader: Reader, size: int, progress: Progress) -> manifest.Manifest:
-    """Read a volume and return its manifest."""
-    result = manifest.Manifest(size)
-    position = 0
-    for index, data in blocks(reader, result.block_size, size):
-        result.add(index, data)
-        end = index * result.block_size + len(data)
-        progress.advance(end - position)
-        position = end
-    progress.advance(size - position)
-    return result
+class _Survey(_Idle):
+    """Reads blocks and keeps their digests."""
+
+    def __init__(
+        self,
+        mover: Mover,
+        source: reading.Source,
+        size: int,
+        waits: account.Wait = account.SOURCE,
+    ) -> None:
+        super().__init__(mover)
+        self.found = Manifest.unknown(size)
+        self._source = source
+        self._waits = waits
+
+    def feed(self, known: Known | None) -> Iterator[range]:
+        """Yield stretches of blocks; those that need no worker are settled here."""
+        count = max(1, self._mover.tuning.stretch // self.found.block_size)
+        for first in range(0, self.found.count, count):
+            last = min(first + count, self.found.count)
+            start, end = self.found.span(first)[0], self.found.span(last - 1)[1]
+            is_hole = self._source.skip(start) >= min(end, self._source.size)
+            if is_hole and (known is None or known.is_zero(first, last)):
+                self._pass_over(first, last)
+            else:
+                yield range(first, last)
+
+    def handle(self, blocks: range) -> None:
+        for index in blocks:
+            self.check()
+            digest, _ = self.digest(index)
+            self.count(index, digest)
+
+    def digest(self, index: int) -> tuple[bytes, bytes | None]:
+        """Return a block's digest, and its bytes unless they are too many to keep."""
+        start, end = self.found.span(index)
+        if end - start > HELD:
+            return self._long_digest(start, end), None
+        data = self.read(start, end)
+        if data is None:
+            return ZERO, b""
+        with self._mover.account.waiting(account.HASHING):
+            return manifest.digest_of(data), data
+
+    def read(self, start: int, end: int) -> bytes | None:
+        """Return a range, with zeros behind the source's end; None for a hole."""
+        until = min(end, self._source.size)
+        with self._mover.account.waiting(self._waits):
+            data = self._source.read(start, until) if start < until else None
+        self._mover.account.add(read=len(data or b""))
+        if data is not None and len(data) < end - start:
+            data += bytes(end - start - len(data))
+        return data
+
+    def count(self, index: int, digest: bytes, what: str | None = None) -> None:
+        """Keep a digest; the first time, the block is progress."""
+        is_new = self.found[index] == UNKNOWN
+        self.found[index] = digest
+        if is_new:
+            start, end = self.found.span(index)
+            self._mover.progress.advance(end - start)
+            if what is not None:
+                self._mover.account.add(**{what: end - start})
+
+    # Private
+
+    def _pass_over(self, first: int, last: int) -> None:
+        length = 0
+        for index in range(first, last):
+            self.found[index] = ZERO
+            start, end = self.found.span(index)
+            length += end - start
+        self._mover.account.add(skipped=length)
+        self._mover.progress.advance(length)
+
+    def _long_digest(self, start: int, end: int) -> bytes:
+        hashing = _Hashing()
+        for offset in range(start, end, PIECE):
+            length = min(PIECE, end - offset)
+            hashing.add(self.read(offset, offset + length) or bytes(length))
+        return hashing.digest()
 
 
-def blocks(reader: Reader, block_size: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (index, bytes) of each block that holds any data, in order."""
-    current, buffer = -1, bytearray()
-    for offset, data in reader.pieces():
-        while data:
-            index, inside = divmod(offset, block_size)
-            if index != current:
-                if current >= 0:
-                    yield current, bytes(buffer)
-                current = index
-                buffer = bytearray(min(block_size, size - index * block_size))
-            part = data[: block_size - inside]
-            buffer[inside : inside + len(part)] = part
-            offset, data = offset + len(part), data[len(part) :]
-    if current >= 0:
-        yield current, bytes(buffer)
+class _Hashing:
+    """The digest of a block that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._hasher = blake3.blake3()
+        self._is_zero = True
+
+    def add(self, data: bytes) -> bool:
+        """Take a piece; return False when it is all zeros."""
+        self._hasher.update(data)
+        is_zero = manifest.is_zero(data)
+        self._is_zero = self._is_zero and is_zero
+        return not is_zero
+
+    def digest(self) -> bytes:
+        return ZERO if self._is_zero else self._hasher.digest()
 
 
-# Private
+class _Copy(_Survey):
+    """Reads blocks, and writes those that the target lacks."""
 
+    def __init__(
+        self,
+        mover: Mover,
+        source: reading.Source,
+        target: writing.VolumeTarget,
+        known: Known,
+    ) -> None:
+        super().__init__(mover, source, target.size)
+        self._target = target
+        self._known = known
 
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    position = 0
-    while position < size:
+    def handle(self, blocks: range) -> None:
+        under_way = _UnderWay()
+        until = self.found.span(blocks.stop - 1)[1]
         try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-            position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        except OSError as e:
-            # No data from here on, or it shrank, which its length tells.
-            if e.errno == errno.ENXIO:
-                return
+            with self._target.writer(
+                until, lambda _start, _end: self._settle(under_way)
+            ) as writer:
+                for index in blocks:
+                    self.check()
+                    self._handle(index, blocks.stop, writer, under_way)
+                with self._mover.account.waiting(account.NETWORK):
+                    writer.finish()
+        except Exception:
+            lost = under_way.lost
+            self._mover.account.add(sent=-lost, resent=lost)
             raise
-        yield start, position
+
+    # Private
+
+    def _handle(
+        self,
+        index: int,
+        last: int,
+        writer: writing.VolumeWriter,
+        under_way: "_UnderWay",
+    ) -> None:
+        """Send a block if the target lacks it."""
+        digest, data = self.digest(index)
+        before = self._known[index]
+        if digest == before:
+            self._known.settled(index, digest)
+            self.count(index, digest, "skipped" if digest == ZERO else "matched")
+            return
+        self.count(index, digest)
+        self._known.writing(index, last)
+        start, end = self.found.span(index)
+        if data is not None:
+            self._send(writer, start, data or bytes(end - start), under_way)
+            under_way.done(index)
+            return
+        self._send_long(index, before, writer, under_way)
+        self._mover.account.add(skipped=end - start - under_way.part)
+        under_way.done(index)
+        self._settle(under_way)
+
+    def _send_long(
+        self,
+        index: int,
+        before: bytes,
+        writer: writing.VolumeWriter,
+        under_way: "_UnderWay",
+    ) -> None:
+        """Send what has to be written of a block, in streams that are not too long."""
+        unfinished = 0
+        for offset, piece in self._pieces(index, before):
+            self._send(writer, offset, piece, under_way)
+            unfinished += len(piece)
+            if unfinished >= self._mover.tuning.stretch:
+                writer.finish()
+                unfinished = 0
+        writer.finish()
+
+    def _pieces(self, index: int, before: bytes) -> Iterator[tuple[int, bytes]]:
+        """Read a block once more; yield what the target lacks of it."""
+        hashing = _Hashing()
+        start, end = self.found.span(index)
+        for offset in range(start, end, PIECE):
+            length = min(PIECE, end - offset)
+            piece = self.read(offset, offset + length) or bytes(length)
+            if hashing.add(piece) or before != ZERO:
+                yield offset, piece
+        if self.found[index] != hashing.digest():
+            reason = "a block of it did between two looks"
+            raise errors.SourceChanged(volume=self._source.name, reason=reason)
+
+    def _send(
+        self,
+        writer: writing.VolumeWriter,
+        offset: int,
+        data: bytes,
+        under_way: "_UnderWay",
+    ) -> None:
+        with self._mover.account.waiting(account.LIMIT):
+            self._mover.limits.take(len(data), self.check)
+        with self._mover.account.waiting(account.NETWORK):
+            writer.write(offset, data)
+        under_way.part += len(data)
+        self._mover.account.add(sent=len(data))
+        self._mover.progress.advance(0, sent=len(data))
+
+    def _settle(self, under_way: "_UnderWay") -> None:
+        """Note that all that was written is acknowledged."""
+        for index in under_way.settle():
+            self._known.settled(index, self.found[index])
+        self.moved = time.monotonic()
 
 
-def _receive(stream: "libvirt.virStream", wanted: int) -> tuple[bytes, int]:
-    """Return data, or the length of the hole that comes next."""
-    flags = libvirt.VIR_STREAM_RECV_STOP_AT_HOLE
-    data = stream.recvFlags(min(wanted, storagepool.CHUNK), flags)
-    if data == _HOLE:
-        return b"", stream.recvHole(0)
-    if isinstance(data, int):
-        raise OSError(f"the stream gave {data}")
-    return data, 0
+class _UnderWay:
+    """What one thread wrote, and nobody acknowledged yet."""
+
+    def __init__(self) -> None:
+        self.part = 0
+        """Bytes of the block that is being written."""
+        self._blocks: list[int] = []
+        self._whole = 0
+
+    @property
+    def lost(self) -> int:
+        """The bytes that have to be sent again after an error."""
+        return self._whole + self.part
+
+    def done(self, index: int) -> None:
+        """Say that all of a block was written."""
+        self._blocks.append(index)
+        self._whole += self.part
+        self.part = 0
+
+    def settle(self) -> list[int]:
+        """Return the blocks that were written, and forget them."""
+        blocks, self._blocks = self._blocks, []
+        self._whole = 0
+        return blocks
 
 
-@contextlib.contextmanager
-def _aborting(stream: "libvirt.virStream") -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        storagepool.abort(stream)
-        raise
+def _demand_fit(
+    source: reading.Source, target: writing.VolumeTarget, known: Known
+) -> None:
+    if source.size > target.size:
+        raise errors.TransferError(
+            volume=source.name,
+            host=target.pool.host.name,
+            reason=f"its {source.size} bytes do not fit into {target.size}",
+        )
+    fresh = manifest.block_size_for(target.size)
+    if (known.size, known.block_size) != (target.size, fresh):
+        raise ValueError(
+            f"what is known is of {known.size} bytes in blocks of {known.block_size}"
+        )

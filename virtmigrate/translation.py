@@ -7,8 +7,10 @@ and for a busy pool; there the text decides, as libvirt 9.0 to 11.3 have it.
 
 import errno
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import libvirt
 
@@ -52,8 +54,47 @@ class Doing:
     volume: str | None = None
 
 
+class _Newest(threading.local):
+    error: tuple[Any, ...] | None = None
+    """What libvirt said last in this thread, as libvirtError.err has it."""
+
+
+_newest = _Newest()
+
+
+def keep(_: object, error: tuple[Any, ...]) -> None:
+    """Keep the newest error of this thread; libvirt calls this for each one.
+
+    The binding reads it after the call that failed. A libvirt object that the
+    garbage collector frees in between clears it there, and the exception that is
+    raised then knows nothing.
+    """
+    _newest.error = tuple(error)
+
+
+def forget() -> None:
+    """Forget what libvirt said in this thread until now."""
+    _newest.error = None
+
+
+def restore(error: libvirt.libvirtError) -> libvirt.libvirtError:
+    """Give an exception that knows nothing what libvirt said."""
+    if error.err is None:
+        error.err = _newest.error
+    return error
+
+
+def code(error: libvirt.libvirtError) -> int | None:
+    """Return VIR_ERR_*, also of an exception that lost it."""
+    found: int | None = restore(error).get_error_code()
+    return found
+
+
 def translate(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
     """Return the error of ours that says what libvirt's means."""
+    restore(error)
+    if _is_full(error):
+        return _disk_full(error, doing)
     found = _BY_CODE.get(error.get_error_code())
     if found is not None:
         return found(error, doing)
@@ -123,6 +164,17 @@ def _is_made_behind_its_back(error: libvirt.libvirtError) -> bool:
     is_refused = error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
     is_there = is_refused and error.get_int1() == errno.EEXIST
     return is_there or bool(_FILE_EXISTS.search(_text(error)))
+
+
+def _is_full(error: libvirt.libvirtError) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    is_system = error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
+    return is_system and error.get_int1() in full
+
+
+def _disk_full(error: libvirt.libvirtError, doing: Doing) -> errors.Error:
+    pool = doing.pool or "?"
+    return errors.DiskFull(host=doing.host, pool=pool, reason=_text(error))
 
 
 def _pool_busy(error: libvirt.libvirtError, doing: Doing) -> errors.Error:

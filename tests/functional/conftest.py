@@ -97,6 +97,12 @@ class Node:
             "connect_timeout": 5.0,
             "record_grace": 2.0,
             "settle_interval": 0.0,
+            # Failures are what is tested: nothing is tried again or kept.
+            "retry_timeout": 0.0,
+            "resume_age": 0,
+            # What a test does to a copy, it does to the one that counts.
+            "send_ahead": False,
+            "receiver_timeout": 3.0,
             **self.overrides,
         }
         for name, value in values.items():

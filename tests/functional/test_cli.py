@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from tests.functional.conftest import World, digest
+from virtmigrate import errors
 from virtmigrate.units import GiB, MiB
 
 TIMEOUT = 90.0
@@ -304,3 +305,90 @@ def test_insecure_peer_only_by_name(world: World, command: Command) -> None:
     rows = command.json("host", "check", "--peer", "beta")
     (row,) = (row for row in rows if row["check"] == "peer beta: encryption")
     assert row["result"] == "warning"
+
+
+class TestPeerThatAcceptsMoves:
+    """The peer's own driver finishes and gives back; none is made for it here."""
+
+    @pytest.fixture
+    def accepting(self, world: World) -> World:
+        world.b.overrides["accept_moves"] = True
+        world.b.new_driver()
+        return world
+
+    def test_migrate_and_confirm(self, accepting: World, command: Command) -> None:
+        instance = accepting.spawn(accepting.a)
+        before = digest(accepting.a.disk(instance))
+        moved = command.json("instance", "migrate", instance.name, "beta")
+        assert (moved["host"], moved["state"]) == ("beta", "running")
+        command.run("instance", "confirm", instance.name)
+        accepting.b.driver.settle()
+        assert digest(accepting.b.disk(instance)) == before
+        assert accepting.a.files() == []
+        assert not (accepting.a.state / "peers").exists()
+        accepting.expect_one(instance, accepting.b)
+
+    def test_revert(self, accepting: World, command: Command) -> None:
+        instance = accepting.spawn(accepting.a)
+        before = digest(accepting.a.disk(instance))
+        command.run("instance", "migrate", instance.name, "beta")
+        back = command.json("instance", "revert", instance.name)
+        assert (back["host"], back["state"]) == ("alpha", "running")
+        assert digest(accepting.a.disk(instance)) == before
+        assert not (accepting.a.state / "peers").exists()
+        accepting.expect_one(instance, accepting.a)
+
+    def test_it_says_when_it_could_not(
+        self, accepting: World, command: Command
+    ) -> None:
+        """What went wrong there is told here, and the same command goes on."""
+        instance = accepting.spawn(accepting.a)
+        accepting.b.driver.node.domains.start = broken  # type: ignore[method-assign]
+        done = command.run("instance", "migrate", instance.name, "beta", code=UNDECIDED)
+        assert "it does not start" in done.stderr
+        accepting.b.new_driver()
+        command.run("instance", "migrate", instance.name, "beta")
+        command.run("instance", "confirm", instance.name)
+        accepting.expect_one(instance, accepting.b)
+
+
+def broken(*_: object, **__: object) -> None:
+    raise errors.InvalidState(
+        instance="x", host="beta", state="off", reason="it does not start"
+    )
+
+
+def test_a_peer_that_does_not_accept_moves_finishes_none(world: World) -> None:
+    """Whoever writes to its mailbox brings no instance here."""
+    instance = world.spawn(world.a)
+    world.migrate(instance)
+    ((operation, *_),) = world.a.driver.open_operations()
+    peer = world.a.driver.peer(world.b.host.name)
+    for ask in (peer.finish, peer.give_back):
+        with pytest.raises(errors.RequestRefused, match="accept_moves"):
+            ask(operation)
+    assert world.b.state_of(instance) is None
+    world.revert(instance)
+    world.expect_one(instance, world.a)
+
+
+def test_retired_disks_are_shown_and_removed(world: World, command: Command) -> None:
+    world.a.overrides["keep_retired"] = True
+    world.a.new_driver()
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    world.confirm(instance)
+    other = ("--instance", "00000000-0000-0000-0000-000000000000")
+    assert command.json("host", "retired", "--remove", *other) == []
+    (row,) = command.json("host", "retired")
+    assert row["instance"] == instance.uuid
+    command.run("host", "retired", "--remove")
+    assert command.json("host", "retired") == []
+    assert world.a.files() == []
+
+
+def test_receiver_runs_on_its_host_only(world: World, command: Command) -> None:
+    text = command.file.read_text()
+    command.file.write_text(text.replace(world.a.host.local_uri, world.a.host.uri))
+    done = command.run("receiver", code=FAILED)
+    assert "runs on its host" in done.stderr

@@ -55,16 +55,45 @@ def test_cancelled(world: World, share: float) -> None:
     world.expect_one(moved(world), world.a)
 
 
-def test_a_flipped_byte_at_the_peer_is_found(world: World) -> None:
-    def flip() -> None:
-        (path,) = (world.b.path / "incoming").glob("vda.*")
-        with path.open("r+b") as file:
-            file.seek(5000)
-            file.write(bytes([file.read(1)[0] ^ 1]))
+def flip(world: World) -> None:
+    """Flip a bit of what arrived at the peer."""
+    (path,) = (world.b.path / "incoming").glob("vda.*")
+    with path.open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
 
-    error = fail_at(world, "verifying", 0, flip)
-    assert isinstance(error.__cause__, errors.VerificationFailed)
-    world.expect_one(moved(world), world.a)
+
+def test_a_flipped_byte_at_the_peer_is_sent_again(world: World) -> None:
+    instance = world.spawn(world.a, world.image(16 * MiB))
+    before = digest(world.a.disk(instance))
+    trouble = At("verifying", 0, lambda: flip(world))
+    world.a.progress = trouble.progress
+    ticket = world.migrate(instance)
+    assert trouble.happened
+    (path,) = (world.b.path / "incoming").glob("vda.*")
+    assert digest(path) == before
+    world.finish(instance, ticket)
+    world.confirm(instance)
+    world.expect_one(instance, world.b)
+
+
+def test_a_byte_that_is_flipped_again_and_again_is_never_accepted(
+    world: World,
+) -> None:
+    def spoil() -> None:
+        flip(world)
+        trouble.happened = False
+
+    instance = world.spawn(world.a, world.image(16 * MiB))
+    trouble = At("verifying", 0, spoil)
+    trouble.progress = Progress(trouble, interval=1e9)
+    world.a.progress = trouble.progress
+    with pytest.raises(errors.MigrationRolledBack) as raised:
+        world.migrate(instance)
+    assert isinstance(raised.value.__cause__, errors.VerificationFailed)
+    world.expect_one(instance, world.a)
 
 
 def test_the_peer_dies_and_comes_back(world: World) -> None:

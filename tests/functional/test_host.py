@@ -402,6 +402,17 @@ def test_stream_outlasts_deadline(reached: host.Host, volume: str) -> None:
         assert time.monotonic() - session.began > 1
 
 
+def test_session_rests_beyond_an_inner_one(reached: host.Host) -> None:
+    """Who waits for something else is not cut because it asked the host meanwhile."""
+    with reached.session("resting", timeout=0.3) as session:
+        session.rest()
+        with reached.session("asking") as inner:
+            inner.conn.getVersion()
+        time.sleep(0.8)
+        session.touch()
+        assert session.conn.getVersion()
+
+
 def test_stream_frozen(plain: sandbox.Host, reached: host.Host, volume: str) -> None:
     plain_session = reached.session("uploading", timeout=DEADLINE)
     with within(LATE), pytest.raises(errors.HostTimeout), plain_session as session:

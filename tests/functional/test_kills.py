@@ -127,7 +127,19 @@ class Case:
 
 def settings(node: Node) -> dict[str, Any]:
     conf = node.conf()
-    names = ("uri", "address", "virt_type", "state_path", "peer_uri", "record_grace")
+    names = (
+        "uri",
+        "address",
+        "virt_type",
+        "state_path",
+        "peer_uri",
+        "record_grace",
+        "resume_age",
+        "send_ahead",
+        "receiver_timeout",
+        "retry_timeout",
+        "stream_length",
+    )
     return {
         "values": {name: conf["virtmigrate"][name] for name in names},
         "backend": {"path": str(node.path), **node.backend},

@@ -365,11 +365,53 @@ def test_an_operators_word_that_the_peer_is_lost(world: World) -> None:
         assert world.a.state_of(instance) == "running"
     finally:
         world.b.host.start_libvirtd()
-    (left,) = world.a.driver.settle() or [""]
+    (left,) = world.a.driver.settle()
+    assert "has it" in left
     assert there.exists()
     assert len(world.a.driver.open_operations()) == 1, left
     world.b.driver.destroy(None, instance, None)
     world.expect_one(instance, world.a)
+
+
+def test_a_debt_at_a_lost_peer_is_written_off(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    ((operation, *_),) = world.a.driver.open_operations()
+    with pytest.raises(errors.MigrationError, match="more than a clean-up"):
+        world.a.driver.write_off(operation)
+    world.b.host.stop_libvirtd()
+    try:
+        world.a.driver.finish_revert_migration(None, instance, peer_is_lost=True)
+        assert world.a.driver.open_operations()
+        with pytest.raises(errors.MigrationError, match="might come back"):
+            world.a.driver.write_off(operation)
+    finally:
+        world.b.host.start_libvirtd()
+    with pytest.raises(errors.MigrationError, match="the peer has it"):
+        world.a.driver.write_off(operation)
+    world.b.driver.node.mailbox.transfers.remove(operation)
+    (left,) = world.a.driver.settle()
+    assert "lost the record" in left
+    with pytest.raises(errors.MigrationError, match="may run it"):
+        world.a.driver.write_off(operation)
+    world.a.driver.write_off(operation, peer_is_lost=True)
+    assert world.a.driver.open_operations() == []
+    with pytest.raises(errors.MigrationError, match="no such move"):
+        world.a.driver.write_off(operation)
+    assert world.a.state_of(instance) == "running"
+
+
+def test_a_debt_is_written_off_on_an_operators_word(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.finish(instance, world.migrate(instance))
+    ((operation, *_),) = world.a.driver.open_operations()
+    world.b.host.stop_libvirtd()
+    try:
+        world.a.driver.finish_revert_migration(None, instance, peer_is_lost=True)
+        world.a.driver.write_off(operation, peer_is_lost=True)
+        assert world.a.driver.open_operations() == []
+    finally:
+        world.b.host.start_libvirtd()
 
 
 def test_debts_are_paid_from_time_to_time(world: World) -> None:

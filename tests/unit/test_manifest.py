@@ -42,7 +42,7 @@ def test_any_changed_byte_changes_the_root(data: bytes, where: int, bit: int) ->
 def test_zeros_need_no_block(size: int) -> None:
     untouched = manifest.Manifest(size, BLOCK)
     assert untouched.root() == of(bytes(size)).root()
-    assert not of(bytes(size)).blocks
+    assert set(of(bytes(size)).digests()) == {0}
 
 
 def test_size_counts_even_where_all_is_zeros() -> None:
@@ -113,3 +113,63 @@ def test_digest_for_a_record() -> None:
 )
 def test_is_zero(data: bytes, zero: bool) -> None:
     assert manifest.is_zero(data) is zero
+
+
+# What is not known
+
+
+def test_unknown_is_like_nothing() -> None:
+    known, other = of(b"a" * 3 * BLOCK), of(b"a" * 3 * BLOCK)
+    assert list(known.unlike(other)) == []
+    for made in (known, other):
+        made[1] = manifest.UNKNOWN
+    assert list(known.unlike(other)) == [1]
+    assert list(manifest.Manifest.unknown(3 * BLOCK, BLOCK).unlike(other)) == [0, 1, 2]
+
+
+@given(one=CONTENTS, other=CONTENTS)
+@settings(max_examples=200, deadline=None)
+def test_unlike_are_the_blocks_that_differ(one: bytes, other: bytes) -> None:
+    def blocks(data: bytes) -> list[bytes]:
+        return [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
+
+    one, other = one + one, other + other
+
+    theirs = blocks(other)
+    expected = [
+        index
+        for index, block in enumerate(blocks(one))
+        if index >= len(theirs) or theirs[index] != block
+    ]
+    assert list(of(one).unlike(of(other))) == expected
+
+
+def test_whole_when_nothing_is_unknown() -> None:
+    made = manifest.Manifest.unknown(2 * BLOCK + 1, BLOCK)
+    for index in range(made.count):
+        assert not made.is_whole()
+        made[index] = manifest.ZERO
+    assert made.is_whole()
+    assert made.root() == manifest.Manifest(2 * BLOCK + 1, BLOCK).root()
+
+
+def test_digests_there_and_back() -> None:
+    made = of(b"a" * BLOCK + bytes(BLOCK) + b"b")
+    again = manifest.Manifest(made.size, BLOCK, made.digests())
+    assert again.root() == made.root()
+    assert made.slice(1, 3) == made[1] + made[2]
+    assert made.slice(0, 3) == made.digests()
+
+
+@pytest.mark.parametrize("length", [0, 31, 33, 64])
+def test_digests_of_another_number_of_blocks(length: int) -> None:
+    with pytest.raises(ValueError, match="for 1 blocks"):
+        manifest.Manifest(BLOCK, BLOCK, bytes(length))
+
+
+@pytest.mark.parametrize(("index", "length"), [(-1, 32), (2, 32), (0, 31), (0, 33)])
+def test_no_digest_moves_the_others(index: int, length: int) -> None:
+    made = of(b"a" * 2 * BLOCK)
+    with pytest.raises(IndexError):
+        made[index] = bytes(length)
+    assert made.root() == of(b"a" * 2 * BLOCK).root()

@@ -193,5 +193,23 @@ def test_no_details(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libvirt.libvirtmod, "virGetLastError", lambda: None)
     error = libvirt.libvirtError("openAuth failed")
     error.err = None
+    monkeypatch.setattr(translation._newest, "error", None)
     assert "openAuth failed" in str(translated(error))
     assert isinstance(translated(error, lost=True), errors.HostUnreachable)
+
+
+def test_details_that_the_binding_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libvirt.libvirtmod, "virGetLastError", lambda: None)
+    kept = (libvirt.VIR_ERR_NO_STORAGE_VOL, 18, "no volume 'x'", 2, *[None] * 3, -1, -1)
+    monkeypatch.setattr(translation._newest, "error", kept)
+    error = libvirt.libvirtError("lookup failed")
+    assert error.err is None
+    assert isinstance(translated(error), errors.VolumeNotFound)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk(number: int) -> None:
+    code, domain = libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS
+    error = libvirt.libvirtError("x")
+    error.err = (code, domain, "cannot write", 2, None, None, None, number, -1)
+    assert isinstance(translated(error), errors.DiskFull)

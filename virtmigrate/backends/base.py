@@ -7,16 +7,24 @@ kinds are data, asked before acting: `capabilities`.
 
 import abc
 import contextlib
+import enum
+import os
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, record, storagepool
+from virtmigrate import domainxml, errors, manifest, model, record, storagepool
+from virtmigrate.backends import catalog, copying, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
+
+_HOLDS = 256
+"""Leases that one image has at most."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,19 @@ class Settings:
     record_grace: float
 
 
+class Reuse(enum.Enum):
+    """What became of a retired volume."""
+
+    GONE = "gone"
+    """It is not there."""
+    MOVED = "moved"
+    """It was set aside, untouched but for its length."""
+    UNPROVEN = "unproven"
+    """It was set aside earlier; its bytes have to be read to be known."""
+    SWITCHED = "switched"
+    """It is the incoming volume already; its bytes have to be read likewise."""
+
+
 class Backend(abc.ABC):
     """One place for volumes on one host. Safe to share between threads.
 
@@ -63,6 +84,9 @@ class Backend(abc.ABC):
         self.volumes = record.Store(
             self._records, model.Volume, grace=settings.record_grace
         )
+        self._catalog = catalog.Catalog(self.volumes, model.Volume)
+        self._used: set[str] = set()
+        self._using = threading.Lock()
 
     # What a kind must say
 
@@ -134,12 +158,13 @@ class Backend(abc.ABC):
         return volume
 
     def remove(self, name: str) -> None:
-        """Delete a volume and then its record; can be called again."""
+        """Delete a volume, its manifest, then its record; can be called again."""
         with contextlib.suppress(errors.RecordBroken):
             # A record that was never whole is older than any volume of its name.
             stored = self.volumes.find(name)
             if stored is not None:
                 self.pool(stored.body.pool).delete(name)
+        self._records.delete(keeping.manifest_name(name))
         self.volumes.remove(name)
 
     def sweep(self) -> None:
@@ -177,13 +202,205 @@ class Backend(abc.ABC):
             busy_timeout=self.settings.busy_timeout,
         )
 
+    # Manifests
+
+    def keep_manifest(self, name: str, found: manifest.Manifest) -> None:
+        """Keep the digests of a volume's blocks; the last one of a name stays."""
+        keeping.write_manifest(self._records, name, found)
+
+    def manifest(self, name: str) -> manifest.Manifest | None:
+        """Return the kept manifest of a volume; None where it proves nothing.
+
+        It is believed when its root is the one in the record, and that came by a
+        full proof.
+        """
+        stored = self.volumes.find(name)
+        if stored is None or stored.body.proof is not model.Proof.FULL:
+            return None
+        return keeping.read_manifest(self._records, name, stored.body.digest)
+
+    # Images that peers count on
+
+    def image_of(self, wanted: keeping.Image) -> model.Volume | None:
+        """Return the proven image that is the one wanted."""
+        for stored in self._catalog.all():
+            if keeping.is_image(stored.body, wanted):
+                return stored.body
+        return None
+
+    def hold(self, wanted: keeping.Image, hold: model.Hold) -> str | None:
+        """Add or renew a lease on an image; None where it is not.
+
+        Returns the image's name. Leases that are over go with it. Raises
+        RecordConflict when others change the record all the time, Unsupported when
+        it has too many leases.
+        """
+
+        def held(volume: model.Volume) -> keeping.Holds | None:
+            if not keeping.is_image(volume, wanted):
+                return None
+            kept = keeping.holds_without(volume, hold.operation)
+            self._demand(len(kept) < _HOLDS, f"hold {volume.name} once more")
+            return (*kept, hold)
+
+        image = self.image_of(wanted)
+        if image is None or not keeping.change_holds(self.volumes, image.name, held):
+            return None
+        return image.name
+
+    def release(self, operation: str, root: str = "") -> int:
+        """Drop an operation's leases, on the image of a root or on all.
+
+        Returns how many there were.
+        """
+        released = 0
+        for stored in self._catalog.all():
+            digest = stored.body.digest
+            fits = not root or (digest is not None and digest.root == root)
+            if fits and any(h.operation == operation for h in stored.body.holds):
+                released += keeping.change_holds(
+                    self.volumes,
+                    stored.name,
+                    lambda volume: keeping.holds_without(volume, operation),
+                )
+        return released
+
+    # What earlier moves left
+
+    def retired(self, owner: str | None = None) -> list[model.Volume]:
+        """Return retired volumes, of one instance or all; the oldest first."""
+        found = [
+            fresh
+            for stored in self._catalog.all()
+            if _is_retired(stored.body, owner)
+            # What is acted upon is what stands there now, not what was remembered.
+            and (fresh := self.volumes.find(stored.name)) is not None
+            and _is_retired(fresh.body, owner)
+        ]
+        found.sort(key=lambda stored: keeping.written(self._records, stored))
+        return [stored.body for stored in found]
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[bool]:
+        """Claim a retired volume; yield False when another thread has it."""
+        with self._using:
+            is_ours = name not in self._used
+            self._used.add(name)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                self._used.discard(name)
+
+    def set_aside(
+        self, retired: model.Volume, aside: str, name: str, size: int
+    ) -> Reuse:
+        """Move a retired volume to the name `aside` in incoming, of size bytes.
+
+        Its bytes are cut, or zeros are added. The record stays, for the caller to
+        remove. Can be called again, also after switch() made it `name`. Raises
+        Unsupported where only libvirt could do that: it has no switch() that never
+        replaces what the source made meanwhile.
+        """
+        raise self._unsupported(f"rename {retired.name}")
+
+    def switch(self, aside: str, name: str) -> None:
+        """Make what was set aside the incoming volume `name`, in one step.
+
+        Raises VolumeExists when there is one of this name: it is never replaced.
+        """
+        raise self._unsupported(f"rename {aside}")
+
+    def reclaim(self, enough: Callable[[int], bool], last: str = "") -> int:
+        """Remove retired volumes, the oldest first, until it is enough.
+
+        Arguments:
+            enough: asked with the bytes that were freed, before each.
+            last: the instance whose volumes go after all others.
+
+        Returns the bytes that were freed.
+        """
+        freed = 0
+        for volume in sorted(self.retired(), key=lambda each: each.owner == last):
+            if enough(freed):
+                break
+            with self.using(volume.name) as is_ours:
+                if is_ours:
+                    freed += self._reclaim(volume)
+        return freed
+
+    # Incoming volumes
+
+    @contextlib.contextmanager
+    def readable(self, pool: storagepool.Pool, name: str) -> Iterator[int | None]:
+        """Yield a descriptor of a volume, or None when only libvirt may read it.
+
+        Raises StorageError for what is no volume of ours but leads elsewhere.
+        """
+        path = self.local_file(pool, name)
+        if path is None:
+            yield None
+            return
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def grow(self, name: str, size: int) -> None:
+        """Make an incoming volume longer; zeros are added.
+
+        Not by libvirt's resize, which acts on the format that it finds in the bytes.
+        """
+        if self.incoming.physical(name) >= size:
+            return
+        self.incoming.write(name, b"\0", offset=size - 1)
+        # libvirt may have forgotten the error.
+        length = self.incoming.physical(name)
+        if length != size:
+            raise errors.ShortTransfer(
+                volume=name,
+                host=self.host.name,
+                reason=f"it has {length} bytes and not {size} after it grew",
+            )
+
+    def import_volume(
+        self,
+        source: storagepool.Pool,
+        name: str,
+        size: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Bring a volume of another pool of this host into incoming.
+
+        The source may be gone afterwards. What incoming has of that name is
+        replaced. Can be called again. Raises Cancelled when `stop` says so.
+        """
+        self.incoming.delete(name)
+        self.incoming.create_raw(name, size)
+        copying.copy(source, name, self.incoming, name, size, stop)
+
     # Private
+
+    def _reclaim(self, volume: model.Volume) -> int:
+        """Remove a retired volume; return the bytes that it took."""
+        stored, freed = self.volumes.find(volume.name), 0
+        if stored is None or not _is_retired(stored.body, volume.owner):
+            return 0
+        with contextlib.suppress(errors.VolumeNotFound):
+            freed = self.pool(volume.pool).allocated(volume.name)
+        self.remove(volume.name)
+        LOG.info("host=%s retired volume=%s removed", self.host.name, volume.name)
+        return freed
 
     def _demand(self, capability: bool, operation: str) -> None:
         if not capability:
-            raise errors.Unsupported(
-                backend=self.name, operation=operation, reason=f"kind {self.kind}"
-            )
+            raise self._unsupported(operation)
+
+    def _unsupported(self, operation: str) -> errors.Unsupported:
+        return errors.Unsupported(
+            backend=self.name, operation=operation, reason=f"kind {self.kind}"
+        )
 
     def _where(self, name: str) -> dict[str, str]:
         return {
@@ -191,3 +408,10 @@ class Backend(abc.ABC):
             "pool": self._records.name,
             "record": name,
         }
+
+
+# Private
+
+
+def _is_retired(volume: model.Volume, owner: str | None) -> bool:
+    return volume.state is model.VolumeState.RETIRED and owner in (None, volume.owner)

@@ -6,7 +6,11 @@ upload makes libvirt open every file of the pool that it went to, so disks must
 not lie where uploads go.
 """
 
+import contextlib
+import errno
 import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from oslo_log import log as logging
@@ -16,6 +20,8 @@ from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 
 LOG = logging.getLogger(__name__)
+
+_RIGHTS = {os.O_RDONLY: os.R_OK, os.O_RDWR: os.R_OK | os.W_OK}
 
 
 class DirBackend(base.Backend):
@@ -80,7 +86,135 @@ class DirBackend(base.Backend):
             return path
         return None
 
+    @contextlib.contextmanager
+    def readable(self, pool: storagepool.Pool, name: str) -> Iterator[int | None]:
+        if not pool.is_local():
+            yield None
+            return
+        with self._plain(pool, name, os.O_RDONLY) as fd:
+            yield fd
+
+    def set_aside(
+        self, retired: model.Volume, aside: str, name: str, size: int
+    ) -> base.Reuse:
+        source, found = self.pool(retired.pool), base.Reuse.MOVED
+        if not self._renames(source):
+            return super().set_aside(retired, aside, name, size)
+        before = self._path(source, retired.name)
+        if not before.exists():
+            # Moved by one who was killed, and who knows what came then; or gone.
+            found = self._left(aside, name)
+        elif os.access(before, os.R_OK | os.W_OK):
+            before.rename(self._path(self.incoming, aside))
+        else:
+            return super().set_aside(retired, aside, name, size)
+        if found in (base.Reuse.MOVED, base.Reuse.UNPROVEN):
+            with self._plain(self.incoming, aside, os.O_RDWR) as fd:
+                if fd is None:
+                    raise self._unsupported(f"write to {aside}")
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+        self._settle(source)
+        return found
+
+    def switch(self, aside: str, name: str) -> None:
+        before, path = (self._path(self.incoming, each) for each in (aside, name))
+        try:
+            # A rename would replace what is there.
+            os.link(before, path, follow_symlinks=False)
+        except FileExistsError as e:
+            raise errors.VolumeExists(
+                host=self.host.name, pool=self.incoming.name, volume=name
+            ) from e
+        except OSError as e:
+            raise self._refused(self.incoming, f"{aside}: {e.strerror}") from e
+        before.unlink()
+        _fsync(path.parent)
+        self.incoming.refresh()
+
+    def grow(self, name: str, size: int) -> None:
+        if not self.incoming.is_local():
+            super().grow(name, size)
+            return
+        with self._plain(self.incoming, name, os.O_RDWR) as fd:
+            if fd is None:
+                super().grow(name, size)
+            elif os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
+        self.incoming.refresh()
+
+    def import_volume(
+        self,
+        source: storagepool.Pool,
+        name: str,
+        size: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        if self._renames(source):
+            try:
+                self._path(source, name).rename(self._path(self.incoming, name))
+            except OSError as e:
+                if e.errno != errno.EXDEV:
+                    raise
+            else:
+                self._settle(source)
+                return
+        super().import_volume(source, name, size, stop)
+
     # Private
+
+    def _left(self, aside: str, name: str) -> base.Reuse:
+        """Tell what one who was killed left of a volume that was set aside."""
+        before, path = (self._path(self.incoming, each) for each in (aside, name))
+        found = [_identity(each) for each in (before, path)]
+        if found[0] is not None and found[0] == found[1]:
+            # Killed in the middle of a switch.
+            before.unlink()
+        elif found[0] is not None:
+            return base.Reuse.UNPROVEN
+        return base.Reuse.GONE if found[1] is None else base.Reuse.SWITCHED
+
+    @contextlib.contextmanager
+    def _plain(
+        self, pool: storagepool.Pool, name: str, flags: int
+    ) -> Iterator[int | None]:
+        """Open a plain file of a local pool, None where this process may not.
+
+        A link, also a hard one, a pipe and what else leads away from the pool is
+        refused, before a byte of it is read.
+        """
+        path = self._path(pool, name)
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with contextlib.ExitStack() as stack:
+            try:
+                found, fd = path.lstat(), None
+                if _is_plain(found) and os.access(path, _RIGHTS[flags & os.O_RDWR]):
+                    fd = os.open(path, flags)
+                    stack.callback(os.close, fd)
+                    found = os.fstat(fd)
+            except FileNotFoundError as e:
+                raise errors.VolumeNotFound(
+                    host=self.host.name, pool=pool.name, volume=name
+                ) from e
+            except OSError as e:
+                raise self._refused(pool, f"{name}: {e.strerror}") from e
+            if not _is_plain(found):
+                raise self._refused(pool, f"{name} is no plain file")
+            yield fd
+
+    def _refused(self, pool: storagepool.Pool, reason: str) -> errors.StorageError:
+        return errors.StorageError(host=self.host.name, pool=pool.name, reason=reason)
+
+    def _renames(self, source: storagepool.Pool) -> bool:
+        """Tell whether this process may move files from a pool to incoming."""
+        pools = (self.incoming, source)
+        return all(p.is_local() and os.access(p.path, os.W_OK) for p in pools)
+
+    def _settle(self, source: storagepool.Pool) -> None:
+        """Make a move from a pool to incoming last, and known to libvirt."""
+        for pool in (self.incoming, source):
+            _fsync(Path(pool.path))
+            pool.refresh()
 
     def _rename(self, source: Path, target: Path) -> None:
         try:
@@ -105,3 +239,16 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from all others; None without one."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_plain(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1

@@ -37,6 +37,10 @@ class Lister(_Coded, cliff.lister.Lister):
     """A command with a table."""
 
 
+class Plain(_Coded):
+    """A command without a result."""
+
+
 def add_instance(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names an instance."""
     parser.add_argument("instance", metavar="INSTANCE", help="its UUID or name")

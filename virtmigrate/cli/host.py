@@ -46,3 +46,58 @@ class Settle(command.Lister):
             self.code = outcome.Outcome.FAILED
         rows = [tuple(each.split(": ", 1)) for each in left]
         return ("operation", "reason"), rows
+
+
+class WriteOff(command.ShowOne):
+    """Forget what an undone move still owes at a peer that is lost for good.
+
+    Its instance is back here already. What the move left at the peer is not removed
+    any more, should that come back; its own driver reclaims it.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "operation", metavar="OPERATION", help="as `host settle` lists it"
+        )
+        parser.add_argument(
+            "--peer-is-lost",
+            action="store_true",
+            help="the peer cannot be asked, and never comes back: should it, it could "
+            "take the instance, and there were two",
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        with self.open() as session:
+            session.here().write_off(
+                parsed_args.operation, peer_is_lost=parsed_args.peer_is_lost
+            )
+        return command.columns({"operation": parsed_args.operation, "owes": "nothing"})
+
+
+class Retired(command.Lister):
+    """Show, or remove, the volumes of instances that moved away (keep_retired).
+
+    They are proven, never started, and only make a return cheaper.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--remove", action="store_true", help="remove those that are shown"
+        )
+        parser.add_argument(
+            "--instance", metavar="UUID", help="only those of this instance"
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        rows = []
+        with self.open() as session:
+            for backend in session.look().backends.values():
+                for volume in backend.retired(parsed_args.instance):
+                    rows.append((backend.name, volume.name, volume.owner, volume.size))
+                    if parsed_args.remove:
+                        backend.remove(volume.name)
+        return ("backend", "volume", "instance", "bytes"), rows

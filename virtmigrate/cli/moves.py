@@ -10,9 +10,8 @@ from typing import Any
 from oslo_log import log as logging
 
 from virtmigrate import errors, model
-from virtmigrate.cli import command, display, instances, outcome
+from virtmigrate.cli import command, display, halves, instances, outcome
 from virtmigrate.driver import VirtMigrateDriver
-from virtmigrate.migration import target
 from virtmigrate.units import GiB, KiB, MiB, TiB
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class Migrate(command.ShowOne):
                 "resize" if flavor else "migrate",
                 override=parsed_args.unmanaged_override,
             )
-            there = session.peer(parsed_args.dest)
+            there = session.peer(parsed_args.dest, here)
             work.check()
             with show:
                 _Move(here, there, record, work).run(parsed_args, flavor)
@@ -102,6 +101,12 @@ class Confirm(command.ShowOne):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         command.add_instance(parser)
+        parser.add_argument(
+            "--accept-unproven",
+            action="store_true",
+            help="even if not all of the copy was compared (verify is not full): a "
+            "byte that arrived wrong is then lost",
+        )
         command.add_override(parser)
         return parser
 
@@ -114,8 +119,10 @@ class Confirm(command.ShowOne):
             operation, dest, step = _open_move(here, record)
             if step not in DECIDABLE:
                 raise _not_waiting(record, operation, f"its newest step is {step}")
-            there = session.peer(dest)
-            here.confirm_migration(None, None, record)
+            there = session.peer(dest, here)
+            here.confirm_migration(
+                None, None, record, accept_unproven=parsed_args.accept_unproven
+            )
             left = there.settle()
             values = _brief(record, there, operation)
             return command.columns({**values, "left": "; ".join(left)})
@@ -152,7 +159,7 @@ class Revert(command.ShowOne):
             instances.demand_ours(record, "revert", override=override)
             operation, dest, _step = _open_move(here, record)
             if not lost:
-                _give_back(session.peer(dest), record)
+                session.peer(dest, here).give_back(record, operation)
             here.finish_revert_migration(
                 None, record, power_on=not parsed_args.off, peer_is_lost=lost
             )
@@ -161,11 +168,7 @@ class Revert(command.ShowOne):
 
 # Private
 
-
-def _give_back(there: VirtMigrateDriver, record: model.Instance) -> None:
-    # Not destroy(): that would remove an instance that is not this move's.
-    with there.node.claimed(record.uuid):
-        target.Target(there.node).give_back(record.uuid)
+Where = VirtMigrateDriver | halves.Half
 
 
 class _Move:
@@ -174,7 +177,7 @@ class _Move:
     def __init__(
         self,
         here: VirtMigrateDriver,
-        there: VirtMigrateDriver,
+        there: halves.Half,
         record: model.Instance,
         work: display.Work,
     ) -> None:
@@ -197,7 +200,8 @@ class _Move:
         self._work.bound = True
         self._work.phase("starting there")
         try:
-            self._there.finish_migration(None, None, self._record, ticket)
+            operation, *_ = _open_move(self._here, self._record)
+            self._there.finish(self._record, operation, ticket)
         except errors.Error as e:
             raise outcome.NotArrived(
                 instance=self._record.uuid, peer=args.dest, reason=e
@@ -226,7 +230,7 @@ def _flavor(args: argparse.Namespace, record: model.Instance) -> Any:
 def _open_move(here: VirtMigrateDriver, record: model.Instance) -> tuple[str, str, str]:
     """Return operation, peer and newest step of the instance's move."""
     for operation, uuid, dest, step in here.open_operations():
-        if uuid == record.uuid and step != "restored":
+        if uuid == record.uuid and step not in ("restored", "parked"):
             return operation, dest, step
     raise _not_waiting(record, record.operation, "there is none")
 
@@ -241,9 +245,7 @@ def _not_waiting(
     )
 
 
-def _brief(
-    record: model.Instance, where: VirtMigrateDriver, operation: str
-) -> dict[str, Any]:
+def _brief(record: model.Instance, where: Where, operation: str) -> dict[str, Any]:
     return {
         "uuid": record.uuid,
         "name": record.name,
@@ -256,7 +258,7 @@ def _brief(
 def _result(
     record: model.Instance,
     here: VirtMigrateDriver,
-    there: VirtMigrateDriver,
+    there: halves.Half,
     show: display.Display,
 ) -> dict[str, Any]:
     operation, _dest, _step = _open_move(here, record)

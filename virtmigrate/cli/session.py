@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drivers of one command: this host's, and a peer's in the same process.
+"""The drivers of one command: this host's, and where it must be, a peer's.
 
-The peer's half is a driver bound to the peer's URI. Its configuration is ours,
+The peer's half is the peer's own driver, or one in this process that is bound to
+the peer's URI (see halves.py). Its configuration is ours,
 then `peers/DEST.conf` beside our file where there is one (a peer whose
 directories differ), then what makes it the peer: URI, address, state_path.
 """
@@ -16,7 +17,8 @@ from oslo_config import cfg
 from oslo_log import log as logging
 
 from virtmigrate import conf as options
-from virtmigrate import errors, node
+from virtmigrate import errors, model, node
+from virtmigrate.cli import halves
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.progress import Progress
 
@@ -62,20 +64,26 @@ class Session:
         """Return this host's driver; what was left undone is settled first."""
         return self._start(self.conf, progress)
 
-    def peer(self, dest: str) -> VirtMigrateDriver:
-        """Return the driver of the peer's half.
+    def peer(self, dest: str, here: VirtMigrateDriver) -> halves.Half:
+        """Return the peer's half of a move from here.
 
         Raises HostError, ConfigurationError.
         """
         conf = peer_conf(self._files, self.conf, dest)
-        _demand_alike(conf, dest)
-        return self._start(conf, Progress)
+        card = _demand_alike(conf, dest)
+        if card is not None and card.accepts_moves:
+            there = node.Node(conf)
+            self._stack.callback(there.close)
+            return halves.Asked(here.peer(dest), there)
+        return halves.Driven(self._start(conf, Progress))
 
     # Private
 
     def _start(
         self, conf: cfg.ConfigOpts, progress: Callable[[], Progress]
     ) -> VirtMigrateDriver:
+        # A command is over too soon to serve peers.
+        conf.set_override("receiver", False, options.GROUP)
         driver = VirtMigrateDriver(conf=conf, progress=progress)
         host = str(conf[options.GROUP].address or "local")
         self._stack.callback(driver.cleanup_host, host)
@@ -122,13 +130,16 @@ def peer_conf(files: Sequence[Path], ours: cfg.ConfigOpts, dest: str) -> cfg.Con
 # Private
 
 
-def _demand_alike(conf: cfg.ConfigOpts, dest: str) -> None:
-    """Refuse to be a peer that says of itself that it is set up otherwise."""
+def _demand_alike(conf: cfg.ConfigOpts, dest: str) -> model.HostCard | None:
+    """Return the peer's card, None for a new host.
+
+    Refuses a peer that says of itself that it is set up otherwise.
+    """
     there = node.Node(conf)
     try:
         stored = there.mailbox.cards.find(node.CARD)
         if stored is None:
-            return
+            return None
         ours = {backend.name for backend in there.backends.values()}
         theirs = {card.name for card in stored.body.backends}
         if stored.body.host != dest or ours != theirs:
@@ -137,7 +148,9 @@ def _demand_alike(conf: cfg.ConfigOpts, dest: str) -> None:
                 f"backends {', '.join(sorted(theirs))}, and this configuration says "
                 f"{', '.join(sorted(ours))}: write what differs to peers/{dest}.conf"
             )
+        return stored.body
     except errors.PoolNotFound:
         LOG.debug("host=%s is new", dest)
+        return None
     finally:
         there.close()

@@ -16,6 +16,7 @@ and from SETTLED. So there are never two, and the record always tells who may.
 - plan.py: all checks, before anything is touched
 - source.py: the host that the instance leaves: copy, hand over, undo, confirm, revert
 - departure.py, undo.py: one move, there and back; facts.py: what its journal says
+- cargo.py: the volumes of a move: room, copies, proof
 - target.py: the host that it comes to: take, settle, give back
 - arrival.py: one instance that comes
 """

@@ -9,8 +9,8 @@ noted, in a record of its own, that it took the instance.
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, record
-from virtmigrate.backends import base
+from virtmigrate import domainxml, errors, model, node, record, storagepool, wire
+from virtmigrate.backends import base, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
 from virtmigrate.migration import plan
@@ -22,6 +22,14 @@ RUNS_HERE = (TransferState.TAKEN, TransferState.SETTLED)
 
 STARTED = "started"
 """Power of a record whose instance was started: what comes after is the user's."""
+
+
+_HEADER = 104
+_MAGIC = b"QFI\xfb"
+_VERSION_2 = b"\0\0\0\2"
+"""Of qcow2; it has no features."""
+_DATA_FILE = 1 << 2
+"""The incompatible feature of qcow2 by which its data lies in another file."""
 
 
 class Arrival:
@@ -43,24 +51,38 @@ class Arrival:
             self._here.domains.define(self._xml(wanted), autostart=wanted.autostart)
         self._power(noted)
         self._demand_still_ours()
+        if any(volume.held for volume in self._transfer.volumes):
+            # From here on the layers' records say that they stand on images.
+            self._backend.release(self._stored.name)
         self._publish_settled(all(imported))
 
     def demand_whole(self) -> None:
-        """Raise VolumeNotFound unless all that was sent is there."""
+        """Raise VolumeNotFound unless all that was sent is there.
+
+        Raises NotEntitled if the instance is here, and not by this move.
+        """
+        self.demand_free()
         present = set(self._backend.incoming.names()) | set(self._backend.disks.names())
         for volume in self._transfer.volumes:
-            if not volume.shared and volume.name not in present:
+            if volume.held:
+                self._image(volume)
+            elif volume.shared:
+                self._demand_shared(volume)
+            elif volume.name not in present:
                 raise errors.VolumeNotFound(
                     host=self._here.name,
                     pool=self._backend.incoming.name,
                     volume=volume.name,
                 )
+            elif self._recorded(volume) is None:
+                self._demand_self_contained(volume, self._backend.incoming)
 
     def note(self) -> model.Instance:
         """Publish, once, that this host took the instance, before it acts on it."""
         noted = self.noted()
         if noted is not None:
             return noted
+        self.demand_free()
         arrived = msgspec.structs.replace(
             complete(self._stored),
             host=self._here.name,
@@ -70,23 +92,35 @@ class Arrival:
         self._here.publish_instance(arrived)
         return arrived
 
+    def demand_free(self) -> None:
+        """Raise NotEntitled if what is here under that UUID is not of this move."""
+        if self.noted() is not None:
+            return
+        uuid = self._transfer.instance
+        stored = self._here.instances.find(uuid)
+        if stored is not None and not self._gives_way(stored.body):
+            raise self._not_entitled(
+                f"its record here says {stored.body.state.value} on "
+                f"{stored.body.host}, operation {stored.body.operation}"
+            )
+        if self._here.domains.exists(uuid):
+            raise self._not_entitled("a domain of that UUID is here already")
+
     def noted(self) -> model.Instance | None:
         """Return the instance's record if this host wrote it for this transfer."""
-        stored = self._here.instances.find(self._transfer.instance)
-        if (
-            stored is not None
-            and stored.body.host == self._here.name
-            and stored.body.operation == self._transfer.operation
-            and stored.body.state in (InstanceState.ARRIVED, InstanceState.HERE)
-        ):
-            return stored.body
-        return None
+        own = self._here.own_record(self._transfer.instance)
+        here = (InstanceState.ARRIVED, InstanceState.HERE)
+        if own is None or own.operation != self._transfer.operation:
+            return None
+        return own if own.state in here else None
 
     def remove_volumes(self) -> None:
         """Remove what this transfer brought, imported or not."""
         for volume in self._transfer.volumes:
-            if not volume.shared:
-                self._recorded(volume)
+            if not volume.shared and not volume.held:
+                if self._recorded(volume) is not None:
+                    # It may be moved already, and its record not say so yet.
+                    self._backend.disks.delete(volume.name)
                 self._backend.remove(volume.name)
                 self._backend.incoming.delete(volume.name)
 
@@ -99,7 +133,7 @@ class Arrival:
         if not layers:
             return True
         uuid = self._transfer.instance
-        if not self._is_here(uuid):
+        if self.noted() is None:
             # It moved on, its layers with it, as layers like any other.
             return True
         if self._here.domains.power(uuid) is not Power.RUNNING:
@@ -111,12 +145,45 @@ class Arrival:
     def _demand_honest(self) -> None:
         """Refuse a record that names what is not its own: a peer wrote it."""
         ending = f".{self._transfer.operation}"
+        sent = {None, *(volume.name for volume in self._transfer.volumes)}
         for volume in self._transfer.volumes:
-            if not volume.shared and not volume.name.endswith(ending):
+            if volume.shared or volume.held:
+                continue
+            if not volume.name.endswith(ending) or volume.backing not in sent:
                 raise self._dishonest(f"volume {volume.name} is not of this operation")
-        record = self._transfer.record
-        if record is not None and record.uuid != self._transfer.instance:
-            raise self._dishonest(f"it holds the record of instance {record.uuid}")
+        if self._stored.name != self._transfer.operation:
+            raise self._dishonest(f"it is of operation {self._transfer.operation}")
+        if self._transfer.record is not None:
+            self._demand_honest_instance(self._transfer.record)
+
+    def _demand_honest_instance(self, wanted: model.Instance) -> None:
+        """Refuse an instance that is another, or has disks that were not sent."""
+        if wanted.uuid != self._transfer.instance:
+            raise self._dishonest(f"it holds the record of instance {wanted.uuid}")
+        sent = {volume.name for volume in self._transfer.volumes if not volume.held}
+        for ref in wanted.disks:
+            if ref.volume not in sent or ref.backend != self._transfer.backend:
+                raise self._dishonest(f"disk {ref.target} is not of this operation")
+
+    def _image(self, volume: model.TransferVolume) -> model.Volume:
+        """Return the record of an image that a disk stands on here."""
+        found = self._backend.volumes.read(volume.name).body
+        said = (volume.format, volume.size, volume.digest, None)
+        same = (found.format, found.size, found.digest, found.backing) == said
+        if not same or not keeping.is_image(found):
+            raise self._dishonest(f"volume {volume.name} is not the image that it says")
+        return found
+
+    def _demand_shared(self, volume: model.TransferVolume) -> None:
+        """Refuse a volume that both hosts see, and that is not the instance's."""
+        found = self._backend.volumes.read(volume.name).body
+        honest = self._is_own(found) and found.backing == volume.backing
+        if volume.backing is not None:
+            below = self._backend.volumes.read(volume.backing).body
+            frozen = below.state is VolumeState.FROZEN
+            honest = honest and frozen and self._is_own(below)
+        if not honest:
+            raise self._dishonest(f"volume {volume.name} is not the instance's")
 
     def _recorded(self, volume: model.TransferVolume) -> model.Volume | None:
         """Return the record of a volume of ours; RecordBroken if it is another's."""
@@ -139,25 +206,36 @@ class Arrival:
     def _demand_still_ours(self) -> None:
         """Take the domain away again if the instance was given back meanwhile."""
         now = self._here.mailbox.transfers.find(self._stored.name)
-        if now is not None and now.body.state in RUNS_HERE:
+        confirmed = TransferState.CONFIRMED
+        if now is not None and now.body.state in (*RUNS_HERE, confirmed):
             return
         self._here.domains.kill(self._transfer.instance)
         self._here.domains.undefine(self._transfer.instance)
-        raise errors.NotEntitled(
-            host=self._here.name,
-            instance=self._transfer.instance,
-            reason=f"operation {self._stored.name} was given back meanwhile",
+        raise self._not_entitled(
+            f"operation {self._stored.name} was given back meanwhile"
         )
 
-    def _is_here(self, uuid: str) -> bool:
-        try:
-            return bool(self._here.entitled(uuid))
-        except (errors.NotEntitled, errors.RecordMissing):
-            return False
+    def _not_entitled(self, reason: str) -> errors.NotEntitled:
+        return errors.NotEntitled(
+            host=self._here.name, instance=self._transfer.instance, reason=reason
+        )
+
+    def _gives_way(self, found: model.Instance) -> bool:
+        """Tell whether a record may be replaced by the note of this arrival.
+
+        Where hosts share their records, what the source wrote for this move does.
+        """
+        if found.host == self._here.name:
+            return found.state is InstanceState.GONE
+        away = found.state is InstanceState.AWAY
+        return away and found.operation == self._transfer.operation
 
     def _import(self, volume: model.TransferVolume) -> bool:
         """Make an incoming volume one of ours; return whether it is durable."""
+        if volume.held:
+            return self._image(volume).durable
         if volume.shared:
+            self._demand_shared(volume)
             return True
         found = self._recorded(volume)
         if found is not None and found.durable:
@@ -167,10 +245,31 @@ class Arrival:
         elif found.state is VolumeState.USABLE:
             return self._make_durable(found)
         pool, path = self._backend.accept(volume.name)
+        # The source could write to it until here.
+        self._demand_self_contained(volume, self._backend.pool(pool))
         proven = msgspec.structs.replace(
             self._record(volume), pool=pool, path=path, state=VolumeState.USABLE
         )
         return self._make_durable(proven)
+
+    def _demand_self_contained(
+        self, volume: model.TransferVolume, pool: storagepool.Pool
+    ) -> None:
+        """Refuse a qcow2 volume whose data would lie in a file that it names.
+
+        The one exception to "never probe": a domain's XML cannot say that there is
+        no such file, so QEMU takes the header's word. Here it refuses, and decides
+        nothing.
+        """
+        if volume.format is not DiskFormat.QCOW2:
+            return
+        with pool.opened(volume.name, f"looking at {volume.name}") as (session, vol):
+            head = wire.download(session, vol, _HEADER)
+        if len(head) < _HEADER or not head.startswith(_MAGIC):
+            raise self._dishonest(f"volume {volume.name} is no qcow2")
+        version, features = head[4:8], int.from_bytes(head[72:80], "big")
+        if version != _VERSION_2 and features & _DATA_FILE:
+            raise self._dishonest(f"volume {volume.name} names a file for its data")
 
     def _make_durable(self, volume: model.Volume) -> bool:
         durable = self._backend.persist(volume.pool, volume.name)
@@ -192,6 +291,7 @@ class Arrival:
             origin=self._transfer.source,
             backing=volume.backing,
             digest=volume.digest,
+            proof=volume.proof,
         )
 
     def _xml(self, wanted: model.Instance) -> str:
@@ -247,27 +347,54 @@ class Arrival:
 
         False when QEMU is not through with it yet: it is looked at again later.
         """
-        top = self._backend.volumes.find(volume.name)
-        if top is None or top.body.backing is None:
+        stored = self._here.entitled(uuid)
+        top = self._recorded(volume)
+        if top is None or top.backing is None:
             return True
-        base_record = self._backend.volumes.read(top.body.backing).body
-        below = self._backend.path(base_record)
-        if not self._here.domains.commit_layer(uuid, volume.target, below):
-            return False
-        merged = msgspec.structs.replace(
-            base_record, size=volume.size, state=VolumeState.USABLE, digest=None
-        )
-        self._backend.update(merged)
-        stored = self._here.instances.read(uuid).body
+        base_record = self._backend.volumes.read(top.backing).body
+        self._demand_mergeable(top, base_record, self._disk(stored, volume))
         disks = tuple(
-            msgspec.structs.replace(ref, volume=merged.name)
+            msgspec.structs.replace(ref, volume=base_record.name)
             if ref.volume == volume.name
             else ref
             for ref in stored.disks
         )
+        below = self._backend.path(base_record)
+        if not self._here.domains.commit_layer(uuid, volume.target, below):
+            return False
+        # In this order: until the layer is gone, its base is frozen or the disk.
         self._here.publish_instance(msgspec.structs.replace(stored, disks=disks))
+        merged = msgspec.structs.replace(
+            base_record, size=volume.size, state=VolumeState.USABLE, digest=None
+        )
+        self._backend.update(merged)
         self._backend.remove(volume.name)
         return True
+
+    def _disk(self, noted: model.Instance, volume: model.TransferVolume) -> str:
+        """Return the volume that the disk of this target is, by our own record."""
+        found = [ref.volume for ref in noted.disks if ref.target == volume.target]
+        return found[0] if found else ""
+
+    def _demand_mergeable(
+        self, top: model.Volume, below: model.Volume, disk: str
+    ) -> None:
+        """Refuse to write into what others may stand on.
+
+        The disk is the layer on its frozen base; or the base, if that was merged.
+        """
+        frozen = disk == top.name and below.state is VolumeState.FROZEN
+        if not (frozen or disk == below.name) or not self._is_own(below):
+            raise self._dishonest(
+                f"volume {below.name} is {below.state.value}, {below.role.value} of "
+                f"{below.owner}: {top.name} is not merged into it"
+            )
+
+    def _is_own(self, volume: model.Volume) -> bool:
+        return (
+            volume.owner == self._transfer.instance
+            and volume.role is not model.Role.IMAGE
+        )
 
 
 def _raw(volume: model.TransferVolume) -> bool:

@@ -4,13 +4,13 @@
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node, record, stream
+from virtmigrate import errors, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.instance import Power
 from virtmigrate.journal import Journal
-from virtmigrate.migration import facts, ticket
-from virtmigrate.model import InstanceState, TransferState, VolumeState
-from virtmigrate.peer import Peer, sent_size
+from virtmigrate.migration import cargo, facts, inspection, ticket
+from virtmigrate.model import InstanceState, Proof, TransferState, VolumeState
+from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
@@ -39,16 +39,25 @@ class Departure:
             self._here.name,
             self._transfer.peer,
         )
-        self._reserve()
-        self._stop(timeout, retry_interval)
-        self._freeze()
-        volumes = [self._send(volume) for volume in self._transfer.volumes]
-        return self._give(tuple(volumes))
+        with cargo.Cargo(self._here, self.journal, self._there, self._progress) as sent:
+            sent.prepare()
+            if self._is_to_be_sent_ahead():
+                sent.send_ahead()
+            self._transfer = sent.transfer
+            self._look_again()
+            self._stop(timeout, retry_interval)
+            self._freeze()
+            return self._give(sent.send())
 
-    def confirm(self) -> None:
-        """Tell the peer that it keeps the instance, and remove what was ours."""
+    def confirm(self, *, accept_unproven: bool = False) -> None:
+        """Tell the peer that it keeps the instance, and remove what was ours.
+
+        Arguments:
+            accept_unproven: an operator's word that a copy may be the only one
+                although not all of it was compared.
+        """
         if not self.journal.has("confirmed"):
-            self._win_confirm()
+            self._win_confirm(accept_unproven)
             self.journal.done("confirmed")
         self._remove_ours()
         self.journal.close()
@@ -61,15 +70,24 @@ class Departure:
 
     # Private
 
-    def _reserve(self) -> None:
-        self.journal.done("reserving")
-        self._there.reserve(self._transfer, self._card)
+    def _is_to_be_sent_ahead(self) -> bool:
+        running = self._original.power == Power.RUNNING.value
+        return running and bool(self._here.options.send_ahead)
+
+    def _look_again(self) -> None:
+        """Take the instance as it is now, and see that the peer still waits for it.
+
+        Raises MigrationRefused: until here nothing was touched.
+        """
+        self._original = inspection.inspect(self._here, self._original)
+        self._there.renew(self.journal.operation)
 
     def _stop(self, timeout: float, retry_interval: float) -> None:
         """Stop the guest and take its domain away: nobody may start it meanwhile."""
         uuid = self._original.uuid
         self._progress.phase("stopping")
-        self.journal.done("stopping")
+        original = msgspec.json.encode(self._original).decode()
+        self.journal.done("stopping", original=original)
         leaving = msgspec.structs.replace(
             self._original,
             state=InstanceState.LEAVING,
@@ -80,6 +98,8 @@ class Departure:
         if self._original.power == Power.PAUSED.value:
             self._keep_memory(uuid)
         self._here.domains.stop(uuid, timeout, retry_interval)
+        xml = self._here.domains.xml(uuid)
+        inspection.demand_recorded(self._here, self._original, xml)
         self._here.domains.undefine(uuid)
         self._demand_gone()
 
@@ -113,44 +133,6 @@ class Departure:
             backend.persist(layer.pool, layer.name)
             usable = msgspec.structs.replace(layer, state=VolumeState.USABLE)
             backend.update(usable)
-
-    def _send(self, volume: model.TransferVolume) -> model.TransferVolume:
-        """Copy and prove one volume; return it with its digest."""
-        if volume.shared:
-            return volume
-        bound = self._here.stream_bound
-        writer = self._there.writer(self._card, volume, bound)
-        size = sent_size(volume)
-        self._progress.phase(f"copying {volume.target}", size)
-        ours = stream.copy(self._reader(volume), writer, size, self._progress)
-        self._progress.phase(f"verifying {volume.target}", size)
-        theirs = self._there.verify(self._card, volume, bound, self._progress)
-        if ours.root() != theirs.root():
-            raise errors.VerificationFailed(
-                volume=volume.name,
-                host=self._there.name,
-                found=theirs.root(),
-                expected=ours.root(),
-            )
-        self.journal.done("copying", volume=volume.name, root=ours.root())
-        return msgspec.structs.replace(volume, digest=ours.digest())
-
-    def _reader(self, volume: model.TransferVolume) -> stream.Reader:
-        backend = self._backend()
-        ours = backend.volumes.read(volume.source).body
-        pool = backend.pool(ours.pool)
-        path = backend.local_file(pool, ours.name)
-        if path is not None:
-            return stream.FileReader(path, volume.length)
-        LOG.info(
-            "operation=%s volume=%s is read through libvirt: this process may not "
-            "read the file, which would be faster",
-            self.journal.operation,
-            ours.name,
-        )
-        return stream.VolumeReader(
-            pool, ours.name, volume.length, self._here.stream_bound
-        )
 
     def _give(self, volumes: tuple[model.TransferVolume, ...]) -> str:
         """Give the right to run up, here first, then in the transfer's record."""
@@ -212,7 +194,7 @@ class Departure:
             peer=self._here.name,
         )
 
-    def _win_confirm(self) -> None:
+    def _win_confirm(self, accept_unproven: bool) -> None:
         """Write CONFIRMED at the peer, or see that an earlier attempt did.
 
         The peer may be giving it back at the same moment: one of the two wins, and
@@ -223,9 +205,17 @@ class Departure:
             # Only a confirmed transfer is forgotten by the peer.
             return
         self._demand_settled(stored)
-        self.journal.done("confirming")
+        accepted = accept_unproven or self._has_accepted()
+        if not accepted and stored and stored.body.state is TransferState.SETTLED:
+            self._demand_proven(stored.body)
+        self.journal.done("confirming", accept_unproven=accepted)
         if stored is not None and stored.body.state is TransferState.SETTLED:
             self._publish(stored, state=TransferState.CONFIRMED)
+
+    def _has_accepted(self) -> bool:
+        """Tell whether an earlier attempt to confirm came with that word."""
+        confirming = self.journal.facts("confirming") or {}
+        return bool(confirming.get("accept_unproven"))
 
     def _demand_settled(self, stored: record.Stored[model.Transfer] | None) -> None:
         state = stored.body.state if stored else None
@@ -238,14 +228,28 @@ class Departure:
             f"(the transfer is {state.value if state else 'unknown there'})",
         )
 
+    def _demand_proven(self, transfer: model.Transfer) -> None:
+        unproven = [v for v in transfer.volumes if v.proof is not Proof.FULL]
+        if not unproven:
+            return
+        how = ", ".join(f"{v.target}: verify = {v.proof.value}" for v in unproven)
+        raise errors.NotConfirmable(
+            instance=self._original.uuid,
+            operation=self.journal.operation,
+            reason=f"not all of the copies was compared with the source ({how}). A "
+            "byte that arrived wrong cannot be repaired once the source's volumes "
+            "are gone: confirm again and accept that (--accept-unproven)",
+        )
+
     def _remove_ours(self) -> None:
-        """Remove the volumes that the move left here, those of this instance only."""
+        """Remove or retire the volumes that the move left here, those of this
+        instance only."""
         facts.drop_memory(self._here, self.journal)
         backend = self._backend()
         for sent in self._transfer.volumes:
             found = None if sent.shared else backend.volumes.find(sent.source)
             if found is not None and found.body.owner == self._original.uuid:
-                backend.remove(sent.source)
+                self._remove_or_retire(backend, found.body)
         stored = self._here.instances.find(self._original.uuid)
         if (
             stored
@@ -253,6 +257,15 @@ class Departure:
             and (stored.body.host == self._here.name)
         ):
             self._here.instances.remove(self._original.uuid)
+
+    def _remove_or_retire(self, backend: base.Backend, volume: model.Volume) -> None:
+        """Keep a volume whose content is on record, if this host wants to."""
+        keep = self._here.options.keep_retired and volume.proof is Proof.FULL
+        if keep and backend.manifest(volume.name) is not None:
+            retired = msgspec.structs.replace(volume, state=VolumeState.RETIRED)
+            backend.update(retired)
+        else:
+            backend.remove(volume.name)
 
     def _backend(self) -> base.Backend:
         return self._here.backend(self._original.disks[0].backend)

@@ -19,7 +19,9 @@ def facts(journal: Journal, step: str) -> dict[str, Any]:
 
 
 def original(journal: Journal) -> model.Instance:
-    text = str(facts(journal, "begun")["original"])
+    """Return the instance as it was when it was stopped, or else planned."""
+    stopping = journal.facts("stopping") or facts(journal, "begun")
+    text = str(stopping["original"])
     return msgspec.json.decode(text, type=model.Instance)
 
 

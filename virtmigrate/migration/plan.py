@@ -11,14 +11,12 @@ import msgspec
 from virtmigrate import domainxml, errors, model, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
-from virtmigrate.instance import Power
-from virtmigrate.model import InstanceState, Role, TransferState
-from virtmigrate.peer import Peer, sent_size
+from virtmigrate.migration import inspection
+from virtmigrate.model import InstanceState, Proof, Role, TransferState
+from virtmigrate.peer import Peer
+from virtmigrate.reservation import sent_size
 
-MOVABLE = (Power.RUNNING, Power.PAUSED, Power.OFF)
-
-NVRAM = "nvram"
-"""Target of the reference to the UEFI variables, which are no disk."""
+NVRAM = inspection.NVRAM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +49,18 @@ class Plan:
     """Ours."""
 
 
-def make(here: node.Node, there: Peer, request: Request) -> Plan:
+def make(
+    here: node.Node, there: Peer, request: Request, operation: str | None = None
+) -> Plan:
     """Check everything and return the plan.
+
+    Arguments:
+        operation: one whose copies at the peer are gone on with.
 
     Raises MigrationRefused; nothing was touched, but for a nonce that came and went.
     """
     try:
-        return _Planner(here, there, request).plan()
+        return _Planner(here, there, request, operation).plan()
     except errors.MigrationRefused:
         raise
     except errors.Error as e:
@@ -68,11 +71,13 @@ def make(here: node.Node, there: Peer, request: Request) -> Plan:
 
 
 class _Planner:
-    def __init__(self, here: node.Node, there: Peer, request: Request) -> None:
+    def __init__(
+        self, here: node.Node, there: Peer, request: Request, operation: str | None
+    ) -> None:
         self._here = here
         self._there = there
         self._request = request
-        self._operation = uuids.uuid4().hex[:16]
+        self._operation = operation or uuids.uuid4().hex[:16]
 
     def plan(self) -> Plan:
         uuid = self._request.instance
@@ -81,19 +86,11 @@ class _Planner:
         self._check_arrival(uuid)
         if record.state is InstanceState.ARRIVED:
             raise self._refuse("the move that brought it is neither confirmed nor lost")
-        xml = self._here.domains.xml(uuid)
-        power = self._check_domain(uuid, xml)
-        backend = self._backend(record)
-        self._check_disks(record, backend, xml)
-        card = self._check_peer(record, xml)
+        original = inspection.inspect(self._here, record)
+        backend = inspection.backend_of(self._here, record)
+        card = self._check_peer(record, str(original.domain_xml))
         landing = self._landing(record, backend, card)
         transfer = self._transfer(record, backend, *landing)
-        original = msgspec.structs.replace(
-            record,
-            domain_xml=xml,
-            power=power.value,
-            autostart=self._here.domains.autostart(uuid),
-        )
         return Plan(original, transfer, landing[0], backend)
 
     def _refuse(self, reason: str) -> errors.MigrationRefused:
@@ -110,52 +107,6 @@ class _Planner:
                     f"its move from {stored.body.source} (operation {stored.name}) "
                     "is neither confirmed nor reverted"
                 )
-
-    def _check_domain(self, uuid: str, xml: str) -> Power:
-        found = [*domainxml.obstacles(xml), *self._here.domains.burdens(uuid)]
-        if found:
-            raise self._refuse("it cannot be carried: " + "; ".join(found))
-        power = self._here.domains.power(uuid)
-        if power not in MOVABLE:
-            raise self._refuse(f"it is {power.value}")
-        return power
-
-    def _backend(self, record: model.Instance) -> base.Backend:
-        names = {ref.backend for ref in record.disks}
-        if len(names) != 1:
-            raise self._refuse(f"its disks lie in {len(names)} backends")
-        return self._here.backend(names.pop())
-
-    def _check_disks(
-        self, record: model.Instance, backend: base.Backend, xml: str
-    ) -> None:
-        """See that the domain uses what the records say, all of it, and no more."""
-        recorded = {ref.target: ref for ref in record.disks}
-        for disk in domainxml.disks(xml):
-            if not disk.chain:
-                continue
-            ref = recorded.pop(disk.target, None)
-            if ref is None:
-                raise self._refuse(f"disk {disk.target} has no record")
-            top = backend.layers(ref.volume)[0]
-            found = disk.chain[0]
-            if (found.source, found.fmt) != (top.source, top.fmt):
-                raise self._refuse(
-                    f"disk {disk.target} is {found.source} as {found.fmt}, and its "
-                    f"record says {top.source} as {top.fmt}"
-                )
-        self._check_nvram(recorded.pop(NVRAM, None), backend, xml)
-        if recorded:
-            raise self._refuse(f"the domain has no disk {', '.join(recorded)}")
-
-    def _check_nvram(
-        self, ref: model.DiskRef | None, backend: base.Backend, xml: str
-    ) -> None:
-        firmware = domainxml.firmware(xml)
-        path = firmware.nvram if firmware else None
-        recorded = backend.layers(ref.volume)[0].source if ref else None
-        if path != recorded:
-            raise self._refuse(f"its NVRAM is {path}, and its record says {recorded}")
 
     # The peer
 
@@ -273,17 +224,21 @@ class _Planner:
             )
         top = volume.name == ref.volume
         size = self._new_size(ref, volume) if top else volume.size
+        is_image = volume.role is Role.IMAGE and volume.proof is Proof.FULL
+        below = Role.IMAGE if is_image else Role.LAYER
         sent = model.TransferVolume(
             name=name,
             source=volume.name,
             target=ref.target,
-            role=ref.role if top else Role.LAYER,
+            role=ref.role if top else below,
             format=volume.format,
             size=size,
             length=length,
             room=0,
             backing=backing,
             grow=size > volume.size,
+            # So that the peer can tell whether it has this image.
+            digest=volume.digest if is_image and not top else None,
         )
         return msgspec.structs.replace(sent, room=max(size, sent_size(sent)))
 

@@ -3,8 +3,11 @@
 
 Steps in the journal of a departure:
 
-    begun       what the instance was; nothing is touched yet
+    begun       what the instance was; nothing is touched yet. A second one begins
+                the operation anew: the steps before it count no more
     reserving   the transfer's record may stand at the peer
+    preparing   incoming volumes may be at the peer
+    sending     bytes may be in them
     stopping    the guest may be off, the domain undefined
     freezing    layers may stand over shared disks
     copying     one per volume, when its copy is proven
@@ -12,6 +15,7 @@ Steps in the journal of a departure:
     given       it is; the ticket
     returned    the caller was told
     restored    the instance is back; what is left is owed at the peer
+    parked      what was sent stays there for a while, for the next attempt
     reverting   the caller wants it back, and the peer could not be asked
     abandoned   an operator said that the peer, which can't be asked, is lost
     taken back  the right is here again
@@ -28,7 +32,7 @@ from virtmigrate import errors, model, node
 from virtmigrate.journal import Journal, load_all
 from virtmigrate.migration import facts, plan
 from virtmigrate.migration.departure import Departure
-from virtmigrate.migration.undo import Undo
+from virtmigrate.migration.undo import BACK, Undo, is_parked
 from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
 
@@ -66,18 +70,17 @@ class Source:
                 elif journal.has("given"):
                     return self._again(journal, request)
                 else:
-                    self._undo(journal)
-            progress.phase("checking")
-            there = self._connect(request.dest)
-            planned = plan.make(self._here, there, request)
-            journal = self._begin(planned, request)
-            return self._run(Departure(self._here, journal, there, progress), request)
+                    self._undo(journal, park=True)
+            progress.phase("waiting for other moves")
+            with self._here.sending(progress):
+                return self._move(request, progress)
 
-    def confirm(self, uuid: str) -> None:
+    def confirm(self, uuid: str, *, accept_unproven: bool = False) -> None:
         """Give the source's volumes up for good; nothing happens without a move.
 
         Raises NotConfirmable while the peer has not proven that it has the
-        instance, durable.
+        instance, durable; also when not all of the copy was compared, unless
+        accept_unproven says that this risk is taken.
         """
         with self._here.claimed(uuid):
             journal = self._find(uuid)
@@ -85,7 +88,7 @@ class Source:
                 self._demand_none_away(uuid)
                 LOG.info("instance=%s nothing to confirm on %s", uuid, self._here.name)
                 return
-            self._confirm(journal)
+            self._confirm(journal, accept_unproven=accept_unproven)
 
     def revert(
         self, uuid: str, *, power_on: bool = True, peer_is_lost: bool = False
@@ -117,12 +120,33 @@ class Source:
             uuid = facts.original(journal).uuid
             try:
                 with self._here.claimed(uuid):
-                    self._recover_now(journal.operation)
+                    owed = self._recover_now(journal.operation)
+                if owed:
+                    left.append(f"{journal.operation}: {owed}")
             except Exception as e:
                 # One that cannot be finished must not keep the host from the others.
                 LOG.warning("operation=%s instance=%s: %s", journal.operation, uuid, e)
                 left.append(f"{journal.operation}: {e}")
         return left
+
+    def write_off(self, operation: str, *, peer_is_lost: bool = False) -> None:
+        """Forget what a move that was undone still owes at its peer.
+
+        Volumes that are left there are its own to reclaim. Raises MigrationError
+        unless the instance is back here, and the peer can never take it any more.
+
+        Arguments:
+            peer_is_lost: an operator's word that the peer, which cannot be asked,
+                never comes back: with one that does, there could be two.
+        """
+        for journal in self._journals():
+            if journal.operation == operation:
+                with self._here.claimed(facts.original(journal).uuid):
+                    self._write_off(journal, peer_is_lost)
+                return
+        raise errors.MigrationError(
+            instance="?", operation=operation, reason="this host has no such move open"
+        )
 
     def open_operations(self) -> list[tuple[str, str, str, str]]:
         """Return (operation, instance, peer, newest step) of what is not over."""
@@ -137,6 +161,71 @@ class Source:
         ]
 
     # Private
+
+    def _move(self, request: plan.Request, progress: Progress) -> str:
+        progress.phase("checking")
+        there = self._connect(request.dest)
+        parked = self._parked(request, there)
+        operation = parked.operation if parked else None
+        planned = plan.make(self._here, there, request, operation)
+        if parked is not None:
+            self._drop_stale(parked, planned, there)
+        journal = self._begin(planned, request, parked)
+        return self._run(Departure(self._here, journal, there, progress), request)
+
+    @staticmethod
+    def _drop_stale(parked: Journal, planned: plan.Plan, there: Peer) -> None:
+        """Remove what the first attempt sent and the second one does not need."""
+        card = facts.card(parked)
+        needed = {volume.name for volume in planned.transfer.volumes}
+        if card.incoming != planned.card.incoming:
+            needed = set()
+        sent = {v.name for v in facts.transfer(parked).volumes if not v.shared}
+        there.remove(card, sent - needed)
+
+    def _parked(self, request: plan.Request, there: Peer) -> Journal | None:
+        """Return the journal of a failed move whose copies can be gone on with."""
+        try:
+            return self._find_parked(request, there)
+        except errors.HostError as e:
+            raise errors.MigrationRefused(instance=request.instance, reason=e) from e
+
+    def _find_parked(self, request: plan.Request, there: Peer) -> Journal | None:
+        for journal in self._journals():
+            same = facts.original(journal).uuid == request.instance
+            dest = facts.facts(journal, "begun")["dest"]
+            if same and dest == request.dest and is_parked(journal):
+                stored = there.transfer(journal.operation)
+                if stored and stored.body.state is model.TransferState.RESERVED:
+                    return journal
+        return None
+
+    def _write_off(self, journal: Journal, peer_is_lost: bool) -> None:
+        reason = ""
+        if not journal.has("restored"):
+            reason = f"its newest step is {journal.steps()[-1]}; confirm or revert it"
+        elif journal.has("abandoned") and not peer_is_lost:
+            reason = self._still_owed(journal)
+        if reason:
+            raise errors.MigrationError(
+                instance=facts.original(journal).uuid,
+                operation=journal.operation,
+                reason=f"it owes more than a clean-up: {reason}",
+            )
+        journal.close()
+        LOG.warning("operation=%s its debt is written off", journal.operation)
+
+    def _still_owed(self, journal: Journal) -> str:
+        """Return why the peer might take an instance that was taken back from it."""
+        try:
+            stored = self._peer_of(journal).transfer(journal.operation)
+        except errors.HostError as e:
+            return f"the peer might come back and take the instance ({e})"
+        if stored is None:
+            return "the peer has lost the record of the transfer, and may run it"
+        if stored.body.state in BACK:
+            return ""
+        return f"the peer has it (the transfer is {stored.body.state.value})"
 
     def _journals(self) -> Iterator[Journal]:
         for journal in load_all(self._here.journals):
@@ -160,9 +249,10 @@ class Source:
                 reason="its record says that it left, and there is no journal of it",
             )
 
-    def _confirm(self, journal: Journal) -> None:
+    def _confirm(self, journal: Journal, *, accept_unproven: bool = False) -> None:
         there = self._peer_of(journal)
-        Departure(self._here, journal, there, Progress()).confirm()
+        departure = Departure(self._here, journal, there, Progress())
+        departure.confirm(accept_unproven=accept_unproven)
 
     def _peer_of(self, journal: Journal) -> Peer:
         return self._connect(str(facts.facts(journal, "begun")["dest"]))
@@ -178,20 +268,27 @@ class Source:
         journal.done("returned")
         return str(facts.facts(journal, "given")["ticket"])
 
-    def _begin(self, planned: plan.Plan, request: plan.Request) -> Journal:
-        return Journal.create(
-            self._here.journals,
-            planned.transfer.operation,
-            kind=KIND,
-            instance=request.instance,
-            dest=request.dest,
-            request=request.request,
-            original=msgspec.json.encode(planned.original).decode(),
-            transfer=msgspec.json.encode(planned.transfer).decode(),
-            card=msgspec.json.encode(planned.card).decode(),
-            memory=request.memory or planned.original.memory,
-            vcpus=request.vcpus or planned.original.vcpus,
-        )
+    def _begin(
+        self, planned: plan.Plan, request: plan.Request, parked: Journal | None
+    ) -> Journal:
+        begun = {
+            "kind": KIND,
+            "instance": request.instance,
+            "dest": request.dest,
+            "request": request.request,
+            "original": msgspec.json.encode(planned.original).decode(),
+            "transfer": msgspec.json.encode(planned.transfer).decode(),
+            "card": msgspec.json.encode(planned.card).decode(),
+            "memory": request.memory or planned.original.memory,
+            "vcpus": request.vcpus or planned.original.vcpus,
+            # What an earlier attempt left at the peer is there already.
+            "reserved": parked is not None,
+        }
+        if parked is not None:
+            parked.begin_again(**begun)
+            return parked
+        operation = planned.transfer.operation
+        return Journal.create(self._here.journals, operation, **begun)
 
     def _run(self, departure: Departure, request: plan.Request) -> str:
         try:
@@ -204,10 +301,13 @@ class Source:
         """Undo, and raise MigrationRolledBack from what went wrong."""
         original = facts.original(journal)
         LOG.warning("operation=%s rolling back: %r", journal.operation, error)
-        debts = self._undo(journal)
+        cancelled = isinstance(error, errors.Cancelled)
+        debts = self._undo(journal, park=not cancelled)
         if not isinstance(error, Exception):
             return
         owed = f"; still owed at the peer: {debts}" if debts else ""
+        if journal.has("parked"):
+            owed += "; what was sent waits there for the next attempt"
         reason = str(error) or "it was cancelled"
         if not journal.has("stopping"):
             raise errors.MigrationRefused(
@@ -223,21 +323,31 @@ class Source:
         ) from error
 
     def _undo(
-        self, journal: Journal, *, power_on: bool = True, peer_is_lost: bool = False
+        self,
+        journal: Journal,
+        *,
+        power_on: bool = True,
+        peer_is_lost: bool = False,
+        park: bool = False,
     ) -> str:
         undo = Undo(self._here, journal, self._peer_of)
-        return undo.run(power_on=power_on, peer_is_lost=peer_is_lost)
+        return undo.run(power_on=power_on, peer_is_lost=peer_is_lost, park=park)
 
-    def _recover_now(self, operation: str) -> None:
-        """Recover what is left now: who held the claim until now went on with it."""
+    def _recover_now(self, operation: str) -> str:
+        """Recover what is left now: who held the claim until now went on with it.
+
+        Returns what is owed at the peer.
+        """
         for journal in self._journals():
             if journal.operation == operation:
-                self._recover(journal)
+                return self._recover(journal)
+        return ""
 
-    def _recover(self, journal: Journal) -> None:
+    def _recover(self, journal: Journal) -> str:
         if journal.has("confirmed"):
             self._confirm(journal)
         elif wish := journal.facts("reverting"):
-            self._undo(journal, power_on=bool(wish["power_on"]))
+            return self._undo(journal, power_on=bool(wish["power_on"]))
         elif journal.has("restored") or not journal.has("returned"):
-            self._undo(journal)
+            return self._undo(journal, park=True)
+        return ""

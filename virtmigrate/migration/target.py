@@ -5,7 +5,9 @@ There is no journal here: the transfer's record, in this host's own mailbox, say
 how far it is, and each step looks whether it is done.
 """
 
+import math
 import time
+from collections.abc import Callable
 
 import msgspec
 from oslo_log import log as logging
@@ -15,6 +17,7 @@ from virtmigrate.instance import Power
 from virtmigrate.migration import ticket
 from virtmigrate.migration.arrival import RUNS_HERE, Arrival, complete
 from virtmigrate.model import InstanceState, TransferState
+from virtmigrate.request import Verb
 
 LOG = logging.getLogger(__name__)
 
@@ -46,40 +49,32 @@ class Target:
             if stored is None:
                 raise self._not_ours(uuid, f"operation {given.operation} is not known")
             self._demand_same(stored.body, given)
-            Arrival(self._here, stored).demand_whole()
-            taken = self._take(stored, power_on=power_on, interfaces=interfaces)
-            Arrival(self._here, taken).settle()
+            self._finish(stored, power_on=power_on, interfaces=interfaces)
+
+    def actions(self) -> dict[Verb, Callable[[model.Transfer], object]]:
+        """Return what a source may have done here, where `accept_moves` says so."""
+        if not self._here.options.accept_moves:
+            return {}
+        return {
+            Verb.FINISH: lambda transfer: self.finish(
+                transfer.instance, ticket.write(ticket.of(transfer))
+            ),
+            Verb.GIVE_BACK: self._give_back_of,
+        }
 
     def held(self, uuid: str) -> record.Stored[model.Transfer] | None:
         """Return the unconfirmed transfer that brought the instance here."""
-        for stored in self.transfers():
-            if stored.body.instance == uuid and stored.body.state in peer.HELD:
-                return stored
-        return None
+        return next(iter(self._all_held(uuid)), None)
 
     def give_back(self, uuid: str) -> bool:
         """Give an unconfirmed instance back: no domain, no right, no volumes here.
 
         Returns False when there is no such transfer. Can be called again.
         """
-        stored = self.held(uuid)
-        if stored is None:
-            return False
-        if stored.body.state is not TransferState.RETURNING:
-            # Won before anything is taken away: from here it can't be confirmed.
-            stored = self._publish(stored, TransferState.RETURNING)
-        self._here.domains.kill(uuid)
-        self._here.domains.undefine(uuid)
-        self._say_gone(stored.body)
-        Arrival(self._here, stored).remove_volumes()
-        self._publish(stored, TransferState.RETURNED)
-        LOG.info(
-            "operation=%s instance=%s given back to %s",
-            stored.name,
-            uuid,
-            stored.body.source,
-        )
-        return True
+        held = self._all_held(uuid)
+        for stored in held:
+            self._return(stored)
+        return bool(held)
 
     def recover(self) -> list[str]:
         """Finish what a killed process left here, and remove what is over.
@@ -106,6 +101,80 @@ class Target:
         return list(self._here.mailbox.open_transfers())
 
     # Private
+
+    def _give_back_of(self, transfer: model.Transfer) -> None:
+        """Give the instance of this transfer back; no other that is like it."""
+        with self._here.claimed(transfer.instance):
+            for stored in self._all_held(transfer.instance):
+                if stored.name == transfer.operation:
+                    self._return(stored)
+
+    def _all_held(self, uuid: str) -> Transfers:
+        of_it = [each for each in self.transfers() if each.body.instance == uuid]
+        return [each for each in of_it if self._is_held(each)]
+
+    def _is_held(self, stored: record.Stored[model.Transfer]) -> bool:
+        """Tell whether this host may give the instance of a transfer back."""
+        if stored.body.state not in peer.HELD:
+            return False
+        if self._may_return(stored.body):
+            return True
+        LOG.warning(
+            "transfer=%r of instance=%r says %s, and this host did not note that it "
+            "came by it: passed over",
+            stored.name,
+            stored.body.instance,
+            stored.body.state.value,
+        )
+        return False
+
+    def _may_return(self, transfer: model.Transfer) -> bool:
+        """Tell whether nothing else than this transfer brought what is here.
+
+        Its state alone proves nothing: a peer can write it. Taken and not noted yet,
+        or given back and not said so yet: then there is no domain.
+        """
+        own = self._here.own_record(transfer.instance)
+        if own is None or own.state is InstanceState.GONE:
+            return not self._here.domains.exists(transfer.instance)
+        return self._has_arrived(transfer)
+
+    def _has_arrived(self, transfer: model.Transfer) -> bool:
+        """Tell whether this host noted that the instance came by this transfer."""
+        own = self._here.own_record(transfer.instance)
+        return own is not None and (own.operation, own.state) == (
+            transfer.operation,
+            InstanceState.ARRIVED,
+        )
+
+    def _return(self, stored: record.Stored[model.Transfer]) -> None:
+        """Give back what a transfer brought; only what this host noted is stopped."""
+        if stored.body.state is not TransferState.RETURNING:
+            # Won before anything is taken away: from here it can't be confirmed.
+            stored = self._publish(stored, TransferState.RETURNING)
+        if self._has_arrived(stored.body):
+            self._here.domains.kill(stored.body.instance)
+            self._here.domains.undefine(stored.body.instance)
+            self._say_gone(stored.body)
+        Arrival(self._here, stored).remove_volumes()
+        self._publish(stored, TransferState.RETURNED)
+        LOG.info(
+            "operation=%s instance=%s given back to %s",
+            stored.name,
+            stored.body.instance,
+            stored.body.source,
+        )
+
+    def _finish(
+        self,
+        stored: record.Stored[model.Transfer],
+        *,
+        power_on: bool,
+        interfaces: tuple[domainxml.Interface, ...],
+    ) -> None:
+        Arrival(self._here, stored).demand_whole()
+        taken = self._take(stored, power_on=power_on, interfaces=interfaces)
+        Arrival(self._here, taken).settle()
 
     def _not_ours(self, uuid: str, reason: str) -> errors.NotEntitled:
         return errors.NotEntitled(host=self._here.name, instance=uuid, reason=reason)
@@ -147,21 +216,20 @@ class Target:
         return transfers.publish(stored.name, body, after=stored.generation)
 
     def _say_gone(self, transfer: model.Transfer) -> None:
-        stored = self._here.instances.find(transfer.instance)
-        if stored is not None and stored.body.host == self._here.name:
-            gone = msgspec.structs.replace(stored.body, state=InstanceState.GONE)
-            self._here.publish_instance(gone)
+        noted = self._here.instances.read(transfer.instance).body
+        gone = msgspec.structs.replace(noted, state=InstanceState.GONE)
+        self._here.publish_instance(gone)
 
     def _recover(self, stored: record.Stored[model.Transfer]) -> None:
-        state, age = stored.body.state, time.time() - stored.body.created
+        state, age = stored.body.state, self._age(stored)
         limit = float(self._here.options.reclaim_age)
         given = stored.body.generation > 0
         if state is TransferState.TAKEN:
             self._go_on(stored)
         elif state is TransferState.CONFIRMED:
             self._close(stored)
-        elif state is TransferState.RETURNING:
-            self.give_back(stored.body.instance)
+        elif state is TransferState.RETURNING and self._is_held(stored):
+            self._return(stored)
         elif state is TransferState.RESERVED and age > limit:
             LOG.warning("operation=%s given up: its source is silent", stored.name)
             self._publish(stored, TransferState.WITHDRAWN)
@@ -169,6 +237,15 @@ class Target:
         elif state is TransferState.WITHDRAWN and age > 2 * limit and not given:
             # One that was given stays: it is its source's proof of the withdrawal.
             self._here.mailbox.transfers.remove(stored.name)
+
+    def _age(self, stored: record.Stored[model.Transfer]) -> float:
+        """Return the seconds since the record was made.
+
+        A source can say that this will be in the future; when its volume was written
+        is what this host saw.
+        """
+        written = self._here.mailbox.transfers.written(stored)
+        return time.time() - min(stored.body.created, written or math.inf)
 
     def _go_on(self, stored: record.Stored[model.Transfer]) -> None:
         """Finish what finish() began; only this host's own note says that it did."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put an instance back where it was, and remove what its move made."""
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -24,6 +25,12 @@ TAKEN = (
 )
 
 
+def is_parked(journal: Journal) -> bool:
+    """Tell whether what a failed move sent waits at the peer for another attempt."""
+    parked = journal.facts("parked")
+    return parked is not None and time.time() < float(parked["until"])
+
+
 class Undo:
     """Puts an instance back and removes what its move made; can run twice."""
 
@@ -36,8 +43,14 @@ class Undo:
         self._original = facts.original(journal)
         self._transfer = facts.transfer(journal)
 
-    def run(self, *, power_on: bool, peer_is_lost: bool = False) -> str:
+    def run(
+        self, *, power_on: bool, peer_is_lost: bool = False, park: bool = False
+    ) -> str:
         """Undo; return what is still owed at the peer, "" when nothing is.
+
+        Arguments:
+            park: leave what was sent at the peer for `resume_age` seconds, for the
+                next attempt to go on with.
 
         Raises MigrationUndecided, NotRevertible: nothing was done.
         """
@@ -51,9 +64,24 @@ class Undo:
             self._drop_layers()
             facts.drop_memory(self._here, self._journal)
             self._journal.done("restored")
+            if park and self._is_worth_parking():
+                until = time.time() + float(self._here.options.resume_age)
+                self._journal.done("parked", until=until)
+        if is_parked(self._journal):
+            return ""
         return self._clean_peer()
 
     # Private
+
+    def _is_worth_parking(self) -> bool:
+        """Tell whether bytes were sent, and the right never was about to be."""
+        begun = self._journal.has("sending") or self._is_reserved()
+        given = self._journal.has("giving")
+        return begun and not given and int(self._here.options.resume_age) > 0
+
+    def _is_reserved(self) -> bool:
+        """Tell whether this attempt began with what an earlier one left."""
+        return bool(facts.facts(self._journal, "begun").get("reserved"))
 
     def _win_back(self, peer_is_lost: bool) -> None:
         try:
@@ -166,12 +194,14 @@ class Undo:
 
     def _clean_peer(self) -> str:
         """Remove our volumes and our record there; what fails stays owed."""
-        if self._journal.has("reserving"):
+        if self._journal.has("reserving") or self._is_reserved():
             try:
                 if self._journal.has("abandoned"):
                     # It is back, against the operator's word: never touch what it has.
                     self._take_back()
                 there = self._connect(self._journal)
+                if any(v.role is model.Role.IMAGE for v in self._transfer.volumes):
+                    there.release(self._journal.operation)
                 there.remove_volumes(self._transfer, facts.card(self._journal))
                 there.forget(self._journal.operation)
             except errors.Error as e:

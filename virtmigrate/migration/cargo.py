@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The volumes of one move: their room at the peer, their copies, and the proof.
+
+Everything that can be done while the guest runs is done then: room is reserved,
+incoming volumes are made, and the disks are sent ahead. What the guest writes
+meanwhile is found by its digests when it is off, and only that is sent again.
+"""
+
+import types
+from typing import Self
+
+import msgspec
+from oslo_log import log as logging
+
+from virtmigrate import (
+    account,
+    errors,
+    known,
+    live,
+    manifest,
+    model,
+    node,
+    reading,
+    stream,
+)
+from virtmigrate.journal import Journal
+from virtmigrate.migration import facts
+from virtmigrate.model import Proof, Role
+from virtmigrate.peer import Peer
+from virtmigrate.progress import Progress
+
+LOG = logging.getLogger(__name__)
+
+ROUNDS = 3
+"""How often a volume is sent whose copy is not like it."""
+
+
+class Cargo:
+    """What one move sends. Leaving `with` closes what it opened."""
+
+    def __init__(
+        self, here: node.Node, journal: Journal, there: Peer, progress: Progress
+    ) -> None:
+        self.transfer = facts.transfer(journal)
+        self._here = here
+        self._journal = journal
+        self._there = there
+        self._progress = progress
+        self._card = facts.card(journal)
+        original = facts.original(journal)
+        self._backend = here.backend(original.disks[0].backend)
+        self._proof = Proof(here.options.verify)
+        self._account = account.Account()
+        self._known: dict[str, known.Known] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        for each in self._known.values():
+            each.close()
+
+    def prepare(self) -> None:
+        """Reserve room and make the incoming volumes, while the guest still runs."""
+        self._progress.phase("preparing")
+        self._journal.done("reserving")
+        planned = {volume.name for volume in self._volumes()}
+        self.transfer = self._there.reserve(
+            self.transfer, self._card, self._progress.check
+        )
+        self._journal.done("preparing")
+        # What an earlier attempt sent of images that are held there now.
+        sent = {volume.name for volume in self._volumes()}
+        self._there.remove(self._card, planned - sent)
+        for volume in self._volumes():
+            self._prepare(volume)
+
+    def send_ahead(self) -> None:
+        """Send disks that the guest may still write to; nothing of it is proven."""
+        self._journal.done("sending")
+        with self._here.mover(self._progress, self._account) as mover:
+            for volume in self._volumes():
+                source = self._live(volume)
+                if source is not None:
+                    self._progress.phase(f"sending {volume.target} ahead", source.size)
+                    target = self._there.target(self._card, volume)
+                    mover.copy(source, target, self._known[volume.name])
+
+    def send(self) -> tuple[model.TransferVolume, ...]:
+        """Copy and prove all volumes; return them with their digests."""
+        self._journal.done("sending")
+        self._measure()
+        with self._here.mover(self._progress, self._account) as mover:
+            sent = {v.name: self._send(v, mover) for v in self._volumes()}
+        LOG.info(
+            "operation=%s instance=%s %s",
+            self._journal.operation,
+            self.transfer.instance,
+            self._account.summary(),
+        )
+        return tuple(sent.get(v.name, v) for v in self.transfer.volumes)
+
+    # Private
+
+    def _volumes(self) -> list[model.TransferVolume]:
+        """Return what has to be sent."""
+        return [v for v in self.transfer.volumes if not v.shared and not v.held]
+
+    def _prepare(self, volume: model.TransferVolume) -> None:
+        kept = self._journal.beside(volume.name)
+        self._known[volume.name] = self._there.prepare(
+            self.transfer.operation,
+            self._card,
+            volume,
+            kept,
+            self._progress.check,
+        )
+
+    def _measure(self) -> None:
+        """Take the lengths of files that grew between the plan and the stop."""
+        before = self._volumes()
+        volumes = tuple(self._measured(v) for v in self.transfer.volumes)
+        if volumes == self.transfer.volumes:
+            return
+        self.transfer = self._there.amend(self.transfer, volumes)
+        for volume in self._volumes():
+            if volume not in before:
+                self._known[volume.name].close()
+                self._prepare(volume)
+
+    def _measured(self, volume: model.TransferVolume) -> model.TransferVolume:
+        if volume.shared or volume.held:
+            return volume
+        length = max(volume.length, self._length(volume))
+        return msgspec.structs.replace(volume, length=length)
+
+    def _length(self, volume: model.TransferVolume) -> int:
+        ours = self._backend.volumes.read(volume.source).body
+        return self._backend.pool(ours.pool).physical(ours.name)
+
+    def _send(
+        self, volume: model.TransferVolume, mover: stream.Mover
+    ) -> model.TransferVolume:
+        """Copy and prove one volume; return it with its digest.
+
+        What arrived otherwise than it was sent is sent again, ROUNDS times at most.
+        """
+        source, target = self._source(volume), self._there.target(self._card, volume)
+        holds = self._known[volume.name]
+        for _ in range(ROUNDS):
+            self._progress.phase(f"copying {volume.target}", target.size)
+            ours = mover.copy(source, target, holds)
+            wrong = self._compare(volume, ours, mover)
+            if not wrong:
+                self._keep(volume, ours)
+                self._journal.done("copying", volume=volume.name, root=ours.root())
+                return msgspec.structs.replace(
+                    volume, digest=ours.digest(), proof=self._proof
+                )
+            self._distrust(volume, wrong)
+        raise errors.VerificationFailed(
+            volume=volume.name,
+            host=self._there.name,
+            found=f"wrong in {len(wrong)} blocks",
+            expected=ours.root(),
+        )
+
+    def _distrust(self, volume: model.TransferVolume, wrong: list[int]) -> None:
+        LOG.warning(
+            "operation=%s volume=%s %d blocks arrived wrong and are sent again",
+            self._journal.operation,
+            volume.name,
+            len(wrong),
+        )
+        for index in wrong:
+            self._known[volume.name].settled(index, manifest.UNKNOWN)
+
+    def _compare(
+        self,
+        volume: model.TransferVolume,
+        ours: manifest.Manifest,
+        mover: stream.Mover,
+    ) -> list[int]:
+        """Return the blocks that the peer holds otherwise than they were sent."""
+        if self._proof is Proof.NONE:
+            return []
+        self._progress.phase(f"verifying {volume.target}", ours.size)
+        theirs = self._there.verify(
+            self._journal.operation, self._card, volume, mover, self._proof
+        )
+        if self._proof is Proof.SAMPLED:
+            return [i for i in theirs.unlike(ours) if theirs[i] != manifest.UNKNOWN]
+        return [] if theirs.root() == ours.root() else list(theirs.unlike(ours))
+
+    def _keep(self, volume: model.TransferVolume, ours: manifest.Manifest) -> None:
+        """Keep what the source's bytes are, for the day when it is retired."""
+        if self._here.options.keep_retired:
+            found = self._backend.volumes.read(volume.source).body
+            digest = ours.digest()
+            self._backend.update(msgspec.structs.replace(found, digest=digest))
+            self._backend.keep_manifest(volume.source, ours)
+
+    def _source(self, volume: model.TransferVolume) -> reading.Source:
+        ours = self._backend.volumes.read(volume.source).body
+        pool = self._backend.pool(ours.pool)
+        length = self._length(volume)
+        path = self._backend.local_file(pool, ours.name)
+        if path is not None:
+            return reading.FileSource(path, length)
+        LOG.info(
+            "operation=%s volume=%s is read through libvirt: this process may not "
+            "read the file, which would be faster",
+            self._journal.operation,
+            ours.name,
+        )
+        return reading.VolumeSource(pool, ours.name, length)
+
+    def _live(self, volume: model.TransferVolume) -> live.LiveSource | None:
+        """Return a disk to read beside its guest; None where that gains nothing."""
+        too_long = manifest.block_size_for(volume.length) > stream.HELD
+        if too_long or volume.role in (Role.NVRAM, Role.CONFIG):
+            # Long blocks are read twice, and must be the same both times.
+            return None
+        ours = self._backend.volumes.read(volume.source).body
+        path = self._backend.local_file(self._backend.pool(ours.pool), ours.name)
+        return live.LiveSource(path, volume.length) if path else None

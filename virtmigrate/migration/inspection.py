@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An instance as it is: its domain, and whether that is what the records say.
+
+Looked at for the plan, again before the guest is stopped, and once more when it is
+off: sending its disks ahead may have taken hours, and others can use its domain.
+"""
+
+import msgspec
+
+from virtmigrate import domainxml, errors, model, node
+from virtmigrate.backends import base
+from virtmigrate.instance import Power
+
+MOVABLE = (Power.RUNNING, Power.PAUSED, Power.OFF)
+
+NVRAM = "nvram"
+"""Target of the reference to the UEFI variables, which are no disk."""
+
+
+def inspect(here: node.Node, record: model.Instance) -> model.Instance:
+    """Return an instance's record with all that is needed to put it back.
+
+    Raises MigrationRefused when it cannot be carried, or its domain uses other
+    volumes than its record has.
+    """
+    uuid = record.uuid
+    xml = here.domains.xml(uuid)
+    found = [*domainxml.obstacles(xml), *here.domains.burdens(uuid)]
+    if found:
+        raise _refused(uuid, "it cannot be carried: " + "; ".join(found))
+    power = here.domains.power(uuid)
+    if power not in MOVABLE:
+        raise _refused(uuid, f"it is {power.value}")
+    demand_recorded(here, record, xml)
+    if power is not Power.OFF:
+        demand_recorded(here, record, here.domains.live_xml(uuid))
+    return msgspec.structs.replace(
+        record,
+        domain_xml=xml,
+        power=power.value,
+        autostart=here.domains.autostart(uuid),
+    )
+
+
+def demand_recorded(here: node.Node, record: model.Instance, xml: str) -> None:
+    """See that a domain uses what the records say, all of it, and no more."""
+    backend = backend_of(here, record)
+    recorded = {ref.target: ref for ref in record.disks}
+    for disk in domainxml.disks(xml):
+        if disk.chain:
+            ref = recorded.pop(disk.target, None)
+            if ref is None:
+                raise _refused(record.uuid, f"disk {disk.target} has no record")
+            _demand_same(record.uuid, disk, backend.layers(ref.volume)[0])
+    _demand_nvram(record.uuid, recorded.pop(NVRAM, None), backend, xml)
+    if recorded:
+        raise _refused(record.uuid, f"the domain has no disk {', '.join(recorded)}")
+
+
+def backend_of(here: node.Node, record: model.Instance) -> base.Backend:
+    """Return the backend of all disks of an instance."""
+    names = {ref.backend for ref in record.disks}
+    if len(names) != 1:
+        raise _refused(record.uuid, f"its disks lie in {len(names)} backends")
+    return here.backend(names.pop())
+
+
+# Private
+
+
+def _demand_same(uuid: str, disk: domainxml.FoundDisk, top: domainxml.Layer) -> None:
+    found = disk.chain[0]
+    if (found.source, found.fmt) != (top.source, top.fmt):
+        raise _refused(
+            uuid,
+            f"disk {disk.target} is {found.source} as {found.fmt}, and its record says "
+            f"{top.source} as {top.fmt}",
+        )
+
+
+def _demand_nvram(
+    uuid: str, ref: model.DiskRef | None, backend: base.Backend, xml: str
+) -> None:
+    firmware = domainxml.firmware(xml)
+    path = firmware.nvram if firmware else None
+    recorded = backend.layers(ref.volume)[0].source if ref else None
+    if path != recorded:
+        raise _refused(uuid, f"its NVRAM is {path}, and its record says {recorded}")
+
+
+def _refused(uuid: str, reason: str) -> errors.MigrationRefused:
+    return errors.MigrationRefused(instance=uuid, reason=reason)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room at a peer: what transfers have reserved there, and what is left."""
+
+from oslo_log import log as logging
+
+from virtmigrate import errors, model, node, storagepool
+from virtmigrate.model import TransferState
+from virtmigrate.units import format_bytes
+
+LOG = logging.getLogger(__name__)
+
+RESERVING = (TransferState.RESERVED, TransferState.GIVEN, TransferState.TAKEN)
+"""States in which a transfer's volumes may still grow."""
+
+
+class Room:
+    """The room of one backend of a peer, and who has reserved it.
+
+    Arguments:
+        incoming: the backend's pool for what arrives.
+    """
+
+    def __init__(
+        self, mailbox: node.Mailbox, card: model.BackendCard, incoming: storagepool.Pool
+    ) -> None:
+        self._mailbox = mailbox
+        self._card = card
+        self._incoming = incoming
+
+    def missing(self, transfer: model.Transfer) -> int:
+        """Return the bytes that a transfer wants beyond what is free.
+
+        What all others have reserved and not written yet counts as used.
+        """
+        wanted = outstanding(transfer, self._incoming) + self._reserved(transfer)
+        return max(0, wanted - self._free())
+
+    def error(self, transfer: model.Transfer) -> errors.NoSpace:
+        """Return what to raise when bytes are missing."""
+        return errors.NoSpace(
+            host=self._incoming.host.name,
+            pool=self._incoming.name,
+            free=format_bytes(self._free()),
+            wanted=format_bytes(sum(volume.room for volume in transfer.volumes)),
+            reserved=format_bytes(self._reserved(transfer)),
+        )
+
+    # Private
+
+    def _free(self) -> int:
+        return max(0, self._incoming.room().free - self._card.reserved)
+
+    def _reserved(self, transfer: model.Transfer) -> int:
+        """Return the bytes that other transfers may still write.
+
+        One that wants more than there is can't be honest, and keeps nobody out.
+        """
+        total, capacity = 0, self._incoming.room().capacity
+        for other in self._mailbox.open_transfers():
+            ours = other.name == transfer.operation
+            if ours or other.body.backend != self._card.name:
+                continue
+            wanted = outstanding(other.body, self._incoming)
+            if wanted > capacity:
+                LOG.warning(
+                    "transfer=%r wants %s of %s: passed over",
+                    other.name,
+                    format_bytes(wanted),
+                    format_bytes(capacity),
+                )
+                continue
+            total += wanted
+        return total
+
+
+def sent_size(volume: model.TransferVolume) -> int:
+    """Return the size of the raw volume that the bytes are sent into.
+
+    A raw disk that grows is created grown: behind its old end it reads as zeros.
+    Other formats keep their length, the guest's view of them grows later.
+    """
+    raw = volume.format.value == "raw"
+    return max(volume.size, volume.length) if raw else volume.length
+
+
+def outstanding(transfer: model.Transfer, pool: storagepool.Pool) -> int:
+    """Return the bytes that a transfer has reserved and not written yet."""
+    if transfer.state not in RESERVING:
+        return 0
+    return sum(outstanding_of(volume, pool) for volume in transfer.volumes)
+
+
+def outstanding_of(volume: model.TransferVolume, pool: storagepool.Pool) -> int:
+    """Return the bytes that are reserved for a volume and not written yet."""
+    written = 0
+    if volume.room and not volume.shared:
+        try:
+            written = pool.allocated(volume.name)
+        except errors.VolumeNotFound:
+            LOG.debug("volume=%s is not begun", volume.name)
+    return max(0, volume.room - written)
