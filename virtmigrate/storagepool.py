@@ -126,9 +126,15 @@ class Pool:
         return Room(capacity, free)
 
     def names(self) -> list[str]:
-        """Return the names of all volumes, after a refresh."""
+        """Return the names of all volumes, after a refresh.
+
+        By one call: virStoragePoolListVolumes asks for the count first, and when a
+        volume comes in between, it leaves out another.
+        """
         self.refresh()
-        return self._retry("listing", lambda _, pool: list(pool.listVolumes()))
+        return self._retry(
+            "listing", lambda _, pool: [vol.name() for vol in pool.listAllVolumes(0)]
+        )
 
     # Volumes
 

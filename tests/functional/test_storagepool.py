@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pools and volumes of a real libvirt host."""
 
+import concurrent.futures
 import json
 import subprocess
 import threading
@@ -178,6 +179,31 @@ def test_one_of_many_creates(alpha: sandbox.Host, pool: storagepool.Pool) -> Non
         thread.join(SECONDS)
     assert not failed
     assert sorted(won) == list(range(25))
+
+
+def test_listing_leaves_nobody_out(alpha: sandbox.Host, pool: storagepool.Pool) -> None:
+    """virStoragePoolListVolumes asks for a count first: who comes in between counts."""
+    kept = [f"kept{number}" for number in range(4)]
+    for name in kept:
+        pool.create_raw(name, 0)
+    stop = threading.Event()
+
+    def churn(number: int) -> None:
+        with host.Host(alpha.uri) as other:
+            same = storagepool.Pool(other, pool.name)
+            while not stop.is_set():
+                same.create_raw(f"new{number}", 0)
+                same.delete(f"new{number}")
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        churning = [threads.submit(churn, number) for number in range(2)]
+        try:
+            for _ in range(400):
+                assert set(kept) <= set(pool.names())
+        finally:
+            stop.set()
+    for one in churning:
+        one.result()
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 262_120, 262_121, 3 * MiB + 7])
