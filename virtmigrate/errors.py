@@ -9,6 +9,7 @@
     ├── HostError
     │   ├── HostUnreachable
     │   ├── HostTimeout
+    │   ├── HostBusy
     │   ├── AuthenticationFailed
     │   ├── CertificateRefused
     │   ├── InsecureConnection
@@ -106,6 +107,10 @@ class HostTimeout(HostError):
         "host {host} did not answer within {seconds:g} s while {doing}; "
         "the connection was cut, and what it was doing there is unknown"
     )
+
+
+class HostBusy(HostError):
+    msg = "host {host}: no {what} place became free in {seconds:g} s ({count} in all)"
 
 
 class AuthenticationFailed(HostError):

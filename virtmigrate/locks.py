@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of this host: one operation at a time on an instance.
+"""Locks of this host: an instance, a place among few, what only one process does.
 
 What several hosts change is not locked but published by compare-and-swap
 (record.py); a lock here only keeps this host's own threads and processes apart.
@@ -50,19 +50,35 @@ class HostLocks:
 
     @contextlib.contextmanager
     def slot(
-        self, name: str, count: int, check: Callable[[], object]
+        self, name: str, count: int, timeout: float, check: Callable[[], object]
     ) -> Iterator[None]:
         """Hold one of `count` slots, which all processes of this host share.
 
         Arguments:
+            timeout: seconds to wait for one.
             check: called while waiting; what it raises ends the wait.
+
+        Raises HostBusy when none became free in time.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + timeout
         with contextlib.ExitStack() as stack:
             while not self._take_any(stack, [f"{name}-{n}" for n in range(count)]):
                 check()
+                if time.monotonic() >= deadline:
+                    raise errors.HostBusy(
+                        host=self._host, count=count, what=name, seconds=timeout
+                    )
                 time.sleep(_LOOK)
             yield
+
+    @contextlib.contextmanager
+    def only(self, name: str) -> Iterator[bool]:
+        """Be the only one of this host that does `name`; yield False where another
+        one does, without waiting."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            yield self._take_any(stack, [name])
 
     # Private
 

@@ -154,8 +154,14 @@ class Node:
 
     @contextlib.contextmanager
     def sending(self, progress: Progress) -> Iterator[None]:
-        """Hold one of the host's `max_transfers` slots; Cancelled while waiting."""
-        with self.locks.slot("transfer", self.options.max_transfers, progress.check):
+        """Hold one of the host's `max_transfers` slots.
+
+        Raises Cancelled while waiting, HostBusy after `queue_timeout`.
+        """
+        options = self.options
+        with self.locks.slot(
+            "transfer", options.max_transfers, options.queue_timeout, progress.check
+        ):
             yield
 
     @contextlib.contextmanager

@@ -16,9 +16,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from oslo_concurrency import lockutils
 from oslo_log import log as logging
 
 from virtmigrate import address, desk, errand, errors, node, request, storagepool, wire
@@ -88,7 +86,7 @@ class Receiver:
         0 where another receiver serves this host.
         """
         count = 0
-        with self._turn() as is_ours:
+        with self._here.locks.only("receiver") as is_ours:
             if not is_ours:
                 return 0
             with self._desk.opened(lambda: None):
@@ -126,38 +124,21 @@ class Receiver:
             LOG.info("host=%s is served by a receiver of its own", self._here.name)
             return
         while not stop.is_set():
+            pause = _PULSE
             try:
-                with self._turn() as is_ours:
+                with self._here.locks.only("receiver") as is_ours:
                     if is_ours:
                         LOG.info("host=%s receiver serves", self._here.name)
                         self._serve(stop)
+                    else:
+                        pause = self._here.options.receiver_interval
             except (errors.Error, OSError) as e:
                 LOG.warning("receiver: %r", str(e))
             except Exception:
                 LOG.exception("receiver")
-            stop.wait(self._here.options.receiver_interval)
+            stop.wait(pause)
 
     # Private: turns
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[bool]:
-        """Be this host's only receiver; yield False where there is one."""
-        path = Path(self._here.options.state_path) / "locks"
-        path.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            is_ours = True
-            try:
-                lock = lockutils.lock(
-                    f"{path}/receiver",
-                    external=True,
-                    lock_path=str(path),
-                    blocking=False,
-                    do_log=False,
-                )
-                stack.enter_context(lock)
-            except lockutils.AcquireLockFailedException:
-                is_ours = False
-            yield is_ours
 
     def _serve(self, stop: threading.Event) -> None:
         interval = self._here.options.receiver_interval

@@ -86,6 +86,19 @@ def test_a_move_that_waits_can_be_cancelled(world: World) -> None:
     world.expect_one(instance, world.a)
 
 
+def test_a_move_that_waits_too_long_is_refused(world: World) -> None:
+    options(world, max_transfers=1, queue_timeout=0.5)
+    instance = spawn(world)
+    with world.a.driver.node.sending(Progress()):
+        waiting = Move(world, instance)
+        waiting.start()
+        waiting.finish()
+    assert isinstance(waiting.error, errors.MigrationRefused)
+    assert "no transfer place" in str(waiting.error)
+    assert world.a.state_of(instance) == "running"
+    world.expect_one(instance, world.a)
+
+
 @pytest.mark.parametrize("option", ["bandwidth_mib", "host_bandwidth_mib"])
 def test_bandwidth_is_limited(world: World, option: str) -> None:
     options(world, **{option: 6})

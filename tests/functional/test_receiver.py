@@ -787,6 +787,20 @@ def test_stops_at_once(place: Place) -> None:
     assert time.monotonic() - began < 0.5
 
 
+def test_starts_while_libvirtd_is_away(alpha: sandbox.Host, place: Place) -> None:
+    """The interval is for standing by; what failed is tried again soon."""
+    place.here.conf.set_override("receiver_interval", 30.0, "virtmigrate")
+    place.transfer()
+    place.put(TILE)
+    alpha.kill_libvirtd()
+    try:
+        place.receiver.start()
+        time.sleep(0.5)
+    finally:
+        alpha.start_libvirtd()
+    place.verify(len(TILE))
+
+
 def test_libvirtd_comes_back(alpha: sandbox.Host, place: Place) -> None:
     place.transfer()
     place.put(TILE)

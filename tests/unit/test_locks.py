@@ -151,3 +151,47 @@ def test_no_file_outside_the_directory(tmp_path: Path) -> None:
     with of(tmp_path / "a/locks", 0).instance("../../evil"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def never() -> None:
+    """Nothing ends the wait."""
+
+
+def test_slots_are_few(tmp_path: Path) -> None:
+    mine = of(tmp_path, SHORT)
+    with mine.slot("move", 2, SHORT, never), mine.slot("move", 2, SHORT, never):
+        began = time.monotonic()
+        with (
+            pytest.raises(errors.HostBusy, match="no move place"),
+            mine.slot("move", 2, SHORT, never),
+        ):
+            pass
+        assert SHORT <= time.monotonic() - began < SHORT + 5
+    with mine.slot("move", 1, 0, never):
+        pass
+
+
+def test_waiting_for_a_slot_can_be_ended(tmp_path: Path) -> None:
+    mine = of(tmp_path, SHORT)
+
+    def cancel() -> None:
+        raise errors.Cancelled
+
+    with (
+        mine.slot("move", 1, LONG, never),
+        pytest.raises(errors.Cancelled),
+        mine.slot("move", 1, LONG, cancel),
+    ):
+        pass
+
+
+def test_only_one(tmp_path: Path) -> None:
+    mine, other = of(tmp_path, SHORT), of(tmp_path, SHORT)
+    with mine.only("receiver") as is_ours:
+        assert is_ours
+        with other.only("receiver") as is_theirs:
+            assert not is_theirs
+        with other.only("other") as is_free:
+            assert is_free
+    with other.only("receiver") as is_theirs:
+        assert is_theirs

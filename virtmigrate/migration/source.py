@@ -72,8 +72,13 @@ class Source:
                 else:
                     self._undo(journal, park=True)
             progress.phase("waiting for other moves")
-            with self._here.sending(progress):
-                return self._move(request, progress)
+            try:
+                with self._here.sending(progress):
+                    return self._move(request, progress)
+            except errors.HostBusy as e:
+                raise errors.MigrationRefused(
+                    instance=request.instance, reason=str(e)
+                ) from e
 
     def confirm(self, uuid: str, *, accept_unproven: bool = False) -> None:
         """Give the source's volumes up for good; nothing happens without a move.

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that each backend has in a group of its own name."""
+
+from oslo_config import cfg
+
+# oslo.config registers these once per backend, in the backend's group.
+backend_opts = [
+    cfg.StrOpt(
+        "kind",
+        default="dir",
+        help="What stores the volumes. Known: dir.",
+    ),
+    cfg.StrOpt(
+        "path",
+        default="/var/lib/virtmigrate/storage",
+        help="Directory of the backend on the libvirt host. Its pools lie below "
+        "it and are made through libvirt.",
+    ),
+    cfg.IntOpt(
+        "volume_uid",
+        min=0,
+        help="Owner of volumes and directories, a number. Default: libvirt's.",
+    ),
+    cfg.IntOpt(
+        "volume_gid",
+        min=0,
+        help="Group of volumes and directories, a number. Set it to the group "
+        "of the service's user so that it may read disks directly.",
+    ),
+    cfg.StrOpt(
+        "volume_mode",
+        default="0600",
+        regex=r"^0[0-7]{3}$",
+        help="Mode of volumes, octal. Directories get all x bits besides: "
+        "QEMU's user, who owns an instance's volumes while it runs, passes through.",
+    ),
+    cfg.StrOpt(
+        "volume_label",
+        help="SELinux label of volumes. Default: what the policy gives.",
+    ),
+    cfg.IntOpt(
+        "reserved_mib",
+        default=0,
+        min=0,
+        help="MiB of the backend's room that virtmigrate leaves free.",
+    ),
+]
