@@ -155,6 +155,47 @@ def test_what_is_not_proven_is_not_kept(keeping: World) -> None:
     assert volumes.read(record.volume).body.proof is model.Proof.NONE
 
 
+def configure(node: Node, **options: object) -> None:
+    node.overrides.update(options)
+    node.new_driver()
+
+
+def change_block(node: Node, instance: Any, data: bytes) -> bytes:
+    """Write to a block of the disk of a guest; return what was there."""
+    node.driver.power_off(instance)
+    with node.disk(instance).open("r+b") as file:
+        before = os.pread(file.fileno(), len(data), MiB)
+        os.pwrite(file.fileno(), data, MiB)
+    return before
+
+
+def test_digests_of_a_reverted_move_vouch_for_nothing(keeping: World) -> None:
+    """The guest wrote after it, and the move that counts kept no digests.
+
+    It then undoes what it wrote: by the old digests nothing has changed, and what
+    is at the source is something else.
+    """
+    world = keeping
+    instance = spawn(world)
+    world.migrate(instance)
+    world.a.driver.finish_revert_migration(None, instance)
+    before = change_block(world.a, instance, b"after the revert")
+    configure(world.a, keep_retired=False)
+    ticket = world.migrate(instance)
+    world.finish(instance, ticket)
+    configure(world.a, keep_retired=True)
+    world.confirm(instance)
+    assert retired(world.a) == []
+    change_block(world.b, instance, before)
+    expected = digest(world.b.disk(instance))
+    configure(world.b, verify="none")
+    ticket = world.b.driver.migrate_disk_and_power_off(
+        None, instance, world.a.host.name, None, None
+    )
+    world.a.driver.finish_migration(None, None, instance, ticket, None)
+    assert digest(world.a.disk(instance)) == expected
+
+
 def test_cancel_is_heard_while_the_peer_works(
     keeping: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,11 +245,11 @@ class Departure:
         """Remove or retire the volumes that the move left here, those of this
         instance only."""
         facts.drop_memory(self._here, self.journal)
-        backend = self._backend()
+        backend, roots = self._backend(), facts.roots(self.journal)
         for sent in self._transfer.volumes:
             found = None if sent.shared else backend.volumes.find(sent.source)
             if found is not None and found.body.owner == self._original.uuid:
-                self._remove_or_retire(backend, found.body)
+                self._remove_or_retire(backend, found.body, roots.get(sent.name))
         stored = self._here.instances.find(self._original.uuid)
         if (
             stored
@@ -258,10 +258,17 @@ class Departure:
         ):
             self._here.instances.remove(self._original.uuid)
 
-    def _remove_or_retire(self, backend: base.Backend, volume: model.Volume) -> None:
-        """Keep a volume whose content is on record, if this host wants to."""
+    def _remove_or_retire(
+        self, backend: base.Backend, volume: model.Volume, root: str | None
+    ) -> None:
+        """Keep a volume whose content is on record, if this host wants to.
+
+        An earlier move that was reverted may have left a manifest, too; the guest
+        wrote since.
+        """
         keep = self._here.options.keep_retired and volume.proof is Proof.FULL
-        if keep and backend.manifest(volume.name) is not None:
+        kept = backend.manifest(volume.name) if keep else None
+        if kept is not None and kept.root() == root:
             retired = msgspec.structs.replace(volume, state=VolumeState.RETIRED)
             backend.update(retired)
         else:

@@ -35,6 +35,11 @@ def card(journal: Journal) -> model.BackendCard:
     return msgspec.json.decode(text, type=model.BackendCard)
 
 
+def roots(journal: Journal) -> dict[str, str]:
+    """Return the root of each volume that this move copied, by its name there."""
+    return {each["volume"]: each["root"] for each in journal.all("copying")}
+
+
 def memory_name(operation: str) -> str:
     return f"memory.{operation}"
 
