@@ -251,15 +251,14 @@ class Peer:
 
     def remove(self, card: model.BackendCard, names: set[str]) -> None:
         """Remove incoming volumes of ours that a move needs no more."""
+        pool = self._pool(card.incoming)
         for name in sorted(names):
-            self._pool(card.incoming).delete(name)
+            pool.delete(name)
 
     def remove_volumes(self, transfer: model.Transfer, card: model.BackendCard) -> None:
         """Remove what this operation made in incoming; can be called again."""
-        pool = self._pool(card.incoming)
-        for volume in transfer.volumes:
-            if not volume.shared and not volume.held:
-                pool.delete(volume.name)
+        sent = (v for v in transfer.volumes if not v.shared and not v.held)
+        self.remove(card, {volume.name for volume in sent})
 
     def forget(self, operation: str) -> None:
         """Remove the transfer's record: it is over."""
@@ -355,15 +354,6 @@ def agree(card: model.HostCard) -> None:
 
 def _has(pool: storagepool.Pool, name: str, size: int) -> bool:
     return pool.has(name) and pool.physical(name) == size
-
-
-def _length_known(found: Manifest) -> int:
-    read = 0
-    for index in range(found.count):
-        if found[index] != manifest.UNKNOWN:
-            start, end = found.span(index)
-            read += end - start
-    return read
 
 
 def _usable(capabilities: str, model_name: str) -> bool:
