@@ -16,7 +16,7 @@ from tests.functional.conftest import Node, World, digest
 from tests.functional.test_delta import add_image, move, stand_on
 from virtmigrate import errors, model
 from virtmigrate.formats import DiskFormat
-from virtmigrate.migration import arrival
+from virtmigrate.migration import arrival, ticket
 from virtmigrate.model import (
     InstanceState,
     Proof,
@@ -172,6 +172,28 @@ def test_a_move_over_a_domain_without_a_record_is_refused(world: World) -> None:
     with world.b.libvirt() as conn:
         conn.lookupByUUIDString(made.uuid).undefine()
     world.finish(made, ticket)
+
+
+def test_a_ticket_brings_no_other_instance(world: World) -> None:
+    """The caller wants one, its source's ticket says so, and the record another."""
+    wanted = world.spawn(world.a)
+    own = world.a.driver.node.entitled(wanted.uuid)
+    other = msgspec.structs.replace(
+        own,
+        uuid=EVIL,
+        disks=(),
+        operation=OPERATION,
+        domain_xml=f"<domain type='qemu'><name>evil</name><uuid>{EVIL}</uuid>"
+        "<memory unit='MiB'>16</memory><vcpu>1</vcpu><os><type>hvm</type></os>"
+        "<devices/></domain>",
+    )
+    given = transfer(EVIL, TransferState.GIVEN, record=other)
+    post(world.b, given)
+    forged = msgspec.structs.replace(ticket.of(given), instance=wanted.uuid)
+    with pytest.raises(errors.TicketDamaged):
+        world.finish(wanted, ticket.write(forged))
+    assert world.b.driver.list_instances() == []
+    assert state_at(world.b) is TransferState.GIVEN
 
 
 def evil(world: World, sent: model.TransferVolume, disk: str) -> Path:

@@ -44,21 +44,14 @@ class Target:
         NotEntitled (the source took it back, or never gave it up).
         """
         given = ticket.read(text, uuid)
-        with self._here.claimed(uuid):
-            stored = self._here.mailbox.transfers.find(given.operation)
-            if stored is None:
-                raise self._not_ours(uuid, f"operation {given.operation} is not known")
-            self._demand_same(stored.body, given)
-            self._finish(stored, power_on=power_on, interfaces=interfaces)
+        self._finish_of(given, power_on=power_on, interfaces=interfaces)
 
     def actions(self) -> dict[Verb, Callable[[model.Transfer], object]]:
         """Return what a source may have done here, where `accept_moves` says so."""
         if not self._here.options.accept_moves:
             return {}
         return {
-            Verb.FINISH: lambda transfer: self.finish(
-                transfer.instance, ticket.write(ticket.of(transfer))
-            ),
+            Verb.FINISH: lambda transfer: self._finish_of(ticket.of(transfer)),
             Verb.GIVE_BACK: self._give_back_of,
         }
 
@@ -165,16 +158,24 @@ class Target:
             stored.body.source,
         )
 
-    def _finish(
+    def _finish_of(
         self,
-        stored: record.Stored[model.Transfer],
+        given: ticket.Ticket,
         *,
-        power_on: bool,
-        interfaces: tuple[domainxml.Interface, ...],
+        power_on: bool = True,
+        interfaces: tuple[domainxml.Interface, ...] = (),
     ) -> None:
-        Arrival(self._here, stored).demand_whole()
-        taken = self._take(stored, power_on=power_on, interfaces=interfaces)
-        Arrival(self._here, taken).settle()
+        """Take the instance of a ticket: the caller's, or one of what lies here."""
+        with self._here.claimed(given.instance):
+            stored = self._here.mailbox.transfers.find(given.operation)
+            if stored is None:
+                raise self._not_ours(
+                    given.instance, f"operation {given.operation} is not known"
+                )
+            self._demand_same(stored.body, given)
+            Arrival(self._here, stored).demand_whole()
+            taken = self._take(stored, power_on=power_on, interfaces=interfaces)
+            Arrival(self._here, taken).settle()
 
     def _not_ours(self, uuid: str, reason: str) -> errors.NotEntitled:
         return errors.NotEntitled(host=self._here.name, instance=uuid, reason=reason)
@@ -262,11 +263,13 @@ class Target:
         """See that the record is the one that the source gave up with the ticket."""
         ours = ticket.of(transfer)
         same = ours.digests == given.digests and ours.source == given.source
+        # What is claimed is the instance that the caller named.
+        same = same and ours.instance == given.instance
         if transfer.state is TransferState.GIVEN:
             same = same and ours.record == given.record
         if not same:
             raise errors.TicketDamaged(
-                reason="its digests are not those of the transfer"
+                reason="its instance, source or digests are not those of the transfer"
             )
 
     def _bury(self) -> None:
