@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 1,
     "units": 1,
     "formats": 1,
+    "qcow2": 1,
     "address": 1,
     "certificate": 1,
     "certificates": 1,

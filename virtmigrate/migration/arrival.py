@@ -9,7 +9,7 @@ noted, in a record of its own, that it took the instance.
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, record, storagepool, wire
+from virtmigrate import domainxml, errors, model, node, qcow2, record, wire
 from virtmigrate.backends import base, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
@@ -22,14 +22,6 @@ RUNS_HERE = (TransferState.TAKEN, TransferState.SETTLED)
 
 STARTED = "started"
 """Power of a record whose instance was started: what comes after is the user's."""
-
-
-_HEADER = 104
-_MAGIC = b"QFI\xfb"
-_VERSION_2 = b"\0\0\0\2"
-"""Of qcow2; it has no features."""
-_DATA_FILE = 1 << 2
-"""The incompatible feature of qcow2 by which its data lies in another file."""
 
 
 class Arrival:
@@ -75,7 +67,7 @@ class Arrival:
                     volume=volume.name,
                 )
             elif self._recorded(volume) is None:
-                self._demand_self_contained(volume, self._backend.incoming)
+                self._demand_self_contained(volume, self._backend.incoming.name)
 
     def note(self) -> model.Instance:
         """Publish, once, that this host took the instance, before it acts on it."""
@@ -246,30 +238,21 @@ class Arrival:
             return self._make_durable(found)
         pool, path = self._backend.accept(volume.name)
         # The source could write to it until here.
-        self._demand_self_contained(volume, self._backend.pool(pool))
+        self._demand_self_contained(volume, pool)
         proven = msgspec.structs.replace(
             self._record(volume), pool=pool, path=path, state=VolumeState.USABLE
         )
         return self._make_durable(proven)
 
-    def _demand_self_contained(
-        self, volume: model.TransferVolume, pool: storagepool.Pool
-    ) -> None:
-        """Refuse a qcow2 volume whose data would lie in a file that it names.
-
-        The one exception to "never probe": a domain's XML cannot say that there is
-        no such file, so QEMU takes the header's word. Here it refuses, and decides
-        nothing.
-        """
+    def _demand_self_contained(self, volume: model.TransferVolume, pool: str) -> None:
+        """Refuse a qcow2 volume whose data would lie in a file that it names."""
         if volume.format is not DiskFormat.QCOW2:
             return
-        with pool.opened(volume.name, f"looking at {volume.name}") as (session, vol):
-            head = wire.download(session, vol, _HEADER)
-        if len(head) < _HEADER or not head.startswith(_MAGIC):
-            raise self._dishonest(f"volume {volume.name} is no qcow2")
-        version, features = head[4:8], int.from_bytes(head[72:80], "big")
-        if version != _VERSION_2 and features & _DATA_FILE:
-            raise self._dishonest(f"volume {volume.name} names a file for its data")
+        place, doing = self._backend.pool(pool), f"looking at {volume.name}"
+        with place.opened(volume.name, doing) as (session, vol):
+            objection = qcow2.objection(wire.download(session, vol, qcow2.HEADER))
+        if objection:
+            raise self._dishonest(f"volume {volume.name} {objection}")
 
     def _make_durable(self, volume: model.Volume) -> bool:
         durable = self._backend.persist(volume.pool, volume.name)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A qcow2 header that arrives: refused for a data file, and for nothing else."""
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virtmigrate import qcow2
+
+DATA_FILE = 1 << 2
+OBJECTION = "names a file for its data"
+DOCUMENTED = (1 << 0, 1 << 1, 1 << 3, 1 << 4)
+"""Incompatible features besides: dirty, corrupt, compression, extended L2 entries."""
+
+
+def header(
+    version: int = 3,
+    *,
+    features: int = 0,
+    backing: tuple[int, int] = (0, 0),
+    encryption: int = 0,
+    snapshots: int = 0,
+    compatible: int = 0,
+    autoclear: int = 0,
+) -> bytes:
+    """Return a header of 1 GiB, as the format's specification lays it out."""
+    fixed = struct.pack(
+        ">4sIQIIQIIQQIIQ",
+        b"QFI\xfb",
+        version,
+        *backing,
+        16,
+        1 << 30,
+        encryption,
+        2,
+        0x30000,
+        0x10000,
+        1,
+        snapshots,
+        0x40000 if snapshots else 0,
+    )
+    assert len(fixed) == 72
+    more = struct.pack(">QQQII", features, compatible, autoclear, 4, qcow2.HEADER)
+    return fixed + more
+
+
+def test_header_is_as_long_as_the_specification_says() -> None:
+    assert len(header()) == qcow2.HEADER
+
+
+@pytest.mark.parametrize("others", [0, *DOCUMENTED, (1 << 64) - 1 - DATA_FILE])
+@pytest.mark.parametrize("version", [3, 4, 0, 1, 258, 0x02000000, (1 << 32) - 1])
+def test_a_data_file_is_refused(version: int, others: int) -> None:
+    """Also in versions that QEMU does not read today."""
+    head = header(version, features=DATA_FILE | others)
+    assert qcow2.objection(head) == OBJECTION
+
+
+@given(features=st.integers(0, (1 << 64) - 1))
+def test_one_feature_decides(features: int) -> None:
+    """What else is unknown, dirty or corrupt QEMU refuses or repairs by itself."""
+    expected = OBJECTION if features & DATA_FILE else None
+    assert qcow2.objection(header(features=features)) == expected
+
+
+@given(rest=st.binary(min_size=32, max_size=32))
+def test_version_2_has_no_features(rest: bytes) -> None:
+    """Behind its 72 bytes lies a backing file's name, or an extension."""
+    assert qcow2.objection(header(2)[:72] + rest) is None
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        header(backing=(0x50000, 11)),
+        header(backing=((1 << 64) - 1, (1 << 32) - 1)),
+        header(encryption=2),
+        header(snapshots=3),
+        header(compatible=(1 << 64) - 1 - DATA_FILE),
+        header(compatible=DATA_FILE, autoclear=(1 << 64) - 1),
+    ],
+    ids=["backing", "absurd backing", "luks", "snapshots", "compatible", "autoclear"],
+)
+def test_what_records_and_the_domain_say_is_not_asked_here(head: bytes) -> None:
+    assert qcow2.objection(head) is None
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 8, 72, 79, 80, qcow2.HEADER - 1])
+@pytest.mark.parametrize("version", [2, 3])
+def test_truncated_is_refused(version: int, length: int) -> None:
+    assert qcow2.objection(header(version)[:length]) == "is no qcow2"
+    head = header(version, features=DATA_FILE)[:length]
+    assert qcow2.objection(head) == "is no qcow2"
+
+
+def test_what_follows_the_header_does_not_count() -> None:
+    assert qcow2.objection(header() + bytes(8) + b"data.raw") is None
+    assert qcow2.objection(header(features=DATA_FILE) + bytes(8)) == OBJECTION
+
+
+@pytest.mark.parametrize(
+    "magic", [b"\0\0\0\0", b"QFI\xfa", b"qfi\xfb", b"QFI\0", b"KDMV"]
+)
+def test_another_format_is_refused(magic: bytes) -> None:
+    assert qcow2.objection(magic + header()[4:]) == "is no qcow2"
+
+
+@given(data=st.binary(max_size=200))
+def test_any_bytes_have_an_answer(data: bytes) -> None:
+    assert qcow2.objection(data) in (None, OBJECTION, "is no qcow2")
+    if not data.startswith(b"QFI\xfb"):
+        assert qcow2.objection(data) == "is no qcow2"
