@@ -109,9 +109,9 @@ class Store(Generic[T]):
         generations = self._generations(name)
         while generations:
             for generation in reversed(generations):
-                body = self._load(name, generation)
-                if body is not None:
-                    return Stored(name, generation, body)
+                stored = self.load(name, generation)
+                if stored is not None:
+                    return stored
             listed, generations = generations, self._generations(name)
             # What was removed or pruned since it was listed is not broken.
             if generations == listed:
@@ -131,7 +131,27 @@ class Store(Generic[T]):
 
     def names(self) -> list[str]:
         """Return the names of all records in the pool, of whatever kind."""
-        return sorted({name for name, _ in _parse_all(self.pool.names())})
+        return sorted(self.newest())
+
+    def newest(self) -> dict[str, int]:
+        """Return the newest generation of each name, valid or not, by one listing."""
+        return dict(sorted(_parse_all(self.pool.names())))
+
+    def load(self, name: str, generation: int) -> Stored[T] | None:
+        """Return one generation; None when it is not there, or not valid.
+
+        Raises RecordTooNew.
+        """
+        try:
+            data = self.pool.read(_volume(name, generation), limit=MAX_SIZE)
+            body = decode(data, self._kind, name, generation)
+        except TooNew as e:
+            raise errors.RecordTooNew(
+                **self._where(name), schema=e.schema, known=max(READS)
+            ) from e
+        except (ValueError, errors.VolumeNotFound, errors.ShortTransfer):
+            return None
+        return Stored(name, generation, body)
 
     def publish(self, name: str, body: T, *, after: int = 0) -> Stored[T]:
         """Make body the newest record of this name, if `after` is the newest now.
@@ -186,17 +206,6 @@ class Store(Generic[T]):
         return sorted(
             generation for found_name, generation in found if found_name == name
         )
-
-    def _load(self, name: str, generation: int) -> T | None:
-        try:
-            data = self.pool.read(_volume(name, generation), limit=MAX_SIZE)
-            return decode(data, self._kind, name, generation)
-        except TooNew as e:
-            raise errors.RecordTooNew(
-                **self._where(name), schema=e.schema, known=max(READS)
-            ) from e
-        except (ValueError, errors.VolumeNotFound, errors.ShortTransfer):
-            return None
 
     def _is_unborn(self, name: str, generation: int) -> bool:
         """Tell whether a generation was created and never written.

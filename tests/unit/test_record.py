@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from virtmigrate import errors, model, record, storagepool
+from virtmigrate.backends import catalog
 
 GRACE = 10.0
 SECONDS = 30  # until a test that hangs fails
@@ -279,7 +280,32 @@ def test_names_that_are_no_records(pool: FakePool, store: record.Store[Body]) ->
         pool.volumes[name] = b"somebody else's"
     pool.volumes["x.rec.2"] = pool.volumes["a.rec.b.rec.7"] = b""
     assert store.names() == ["a.rec.b", "x"]
+    assert store.newest() == {"a.rec.b": 7, "x": 2}
     assert store.find("vol") is None
+
+
+def test_newest_by_number_and_by_one_listing(
+    pool: FakePool, store: record.Store[Body]
+) -> None:
+    published(store, 11)
+    pool.volumes["vol.rec.12"] = b"half a record"
+    pool.calls.clear()
+    assert store.newest() == {"vol": 12}
+    assert pool.calls == [("names", "")]
+
+
+def test_load_is_of_one_generation(
+    monkeypatch: pytest.MonkeyPatch, pool: FakePool, store: record.Store[Body]
+) -> None:
+    published(store, 2)
+    pool.volumes["vol.rec.3"] = b"half a record"
+    pool.volumes["vol.rec.4"] = newer(monkeypatch, "vol", 4)
+    found = store.load("vol", 1)
+    assert found == record.Stored("vol", 1, Body(text="generation 1"))
+    assert store.load("vol", 3) is None
+    assert store.load("vol", 5) is None
+    with pytest.raises(errors.RecordTooNew):
+        store.load("vol", 4)
 
 
 # Publishing
@@ -572,3 +598,39 @@ def test_a_first_generation_that_was_never_written_is_no_record(
 ) -> None:
     pool.volumes["vol.rec.1"] = bytes(4096)
     assert store.find("vol") is None
+
+
+# All of them
+
+
+def reads(pool: FakePool) -> list[str]:
+    found = [volume for call, volume in pool.calls if call == "read"]
+    pool.calls.clear()
+    return found
+
+
+def test_catalog_reads_what_changed(pool: FakePool, store: record.Store[Body]) -> None:
+    published(store, 1)
+    store.publish("other", Body(text="x"))
+    found = catalog.Catalog(store)
+    assert [each.name for each in found.all()] == ["other", "vol"]
+    reads(pool)
+    store.publish("vol", Body(text="y"), after=1)
+    pool.calls.clear()
+    assert [each.body.text for each in found.all()] == ["x", "y"]
+    assert reads(pool) == ["vol.rec.2"]
+    assert list(found.all()) and reads(pool) == []
+    store.remove("other")
+    assert [each.name for each in found.all()] == ["vol"]
+
+
+def test_catalog_passes_over_what_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, pool: FakePool, store: record.Store[Body]
+) -> None:
+    published(store, 1)
+    pool.volumes["vol.rec.2"] = b"half a record"
+    pool.volumes["broken.rec.1"] = b"half a record"
+    pool.volumes["newer.rec.3"] = newer(monkeypatch, "newer", 3)
+    pool.volumes["unborn.rec.1"] = bytes(4096)
+    (stored,) = catalog.Catalog(store).all()
+    assert (stored.name, stored.generation) == ("vol", 1)

@@ -84,7 +84,7 @@ class Backend(abc.ABC):
         self.volumes = record.Store(
             self._records, model.Volume, grace=settings.record_grace
         )
-        self._catalog = catalog.Catalog(self.volumes, model.Volume)
+        self._catalog = catalog.Catalog(self.volumes)
         self._used: set[str] = set()
         self._using = threading.Lock()
 

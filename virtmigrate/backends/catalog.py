@@ -22,22 +22,17 @@ T = TypeVar("T", bound=msgspec.Struct)
 class Catalog(Generic[T]):
     """The newest valid records of one kind. Safe to share between threads."""
 
-    def __init__(self, store: record.Store[T], kind: type[T]) -> None:
+    def __init__(self, store: record.Store[T]) -> None:
         self._store = store
-        self._kind = kind
         self._known: dict[str, record.Stored[T]] = {}
         self._lock = threading.Lock()
 
     def all(self) -> Iterator[record.Stored[T]]:
         """Yield all records by name; one that cannot be read is logged, and stays."""
-        newest: dict[str, int] = {}
-        for volume in self._store.pool.names():
-            name, dot, number = volume.rpartition(".rec.")
-            if dot and number.isdecimal() and len(number) < 18:
-                newest[name] = max(newest.get(name, 0), int(number))
+        newest = self._store.newest()
         with self._lock:
             self._known = {n: s for n, s in self._known.items() if n in newest}
-        for name, generation in sorted(newest.items()):
+        for name, generation in newest.items():
             stored = self._stored(name, generation)
             if stored is not None:
                 yield stored
@@ -50,7 +45,7 @@ class Catalog(Generic[T]):
         if known is not None and known.generation == generation:
             return known
         try:
-            found = self._read(name, generation) or self._store.find(name)
+            found = self._store.load(name, generation) or self._store.find(name)
         except errors.RecordError as e:
             LOG.error("passed over: %s", e)
             return None
@@ -58,13 +53,3 @@ class Catalog(Generic[T]):
             with self._lock:
                 self._known[name] = found
         return found
-
-    def _read(self, name: str, generation: int) -> record.Stored[T] | None:
-        """Read one generation; None when the store has to find a valid one."""
-        volume = f"{name}.rec.{generation}"
-        try:
-            data = self._store.pool.read(volume, limit=record.MAX_SIZE)
-            body = record.decode(data, self._kind, name, generation)
-        except (ValueError, record.TooNew, errors.VolumeNotFound, errors.ShortTransfer):
-            return None
-        return record.Stored(name, generation, body)
