@@ -182,14 +182,14 @@ class Errands:
         name = None
         if wanted.root and wanted.format is not None:
             image = keeping.Image(wanted.root, wanted.format, wanted.size)
-            name = backend.hold(image, hold)
+            name = backend.images.hold(image, hold)
         if name is None or not _PLAIN.fullmatch(name):
             # A name that is not plain fits in no answer.
             raise Refused("there is no such image")
         return Outcome(name=name)
 
     def _release(self, errand: _Errand) -> Outcome:
-        errand.backend.release(errand.request.operation, errand.request.root)
+        errand.backend.images.release(errand.request.operation, errand.request.root)
         return Outcome()
 
     def _reuse(self, errand: _Errand) -> Outcome:
@@ -208,7 +208,7 @@ class Errands:
 
     def _reuse_one(self, errand: _Errand, retired: model.Volume) -> Outcome | None:
         backend = errand.backend
-        with backend.using(retired.name) as is_ours:
+        with backend.claims.of(retired.name) as is_ours:
             kept = backend.manifest(retired.name) if is_ours else None
             if kept is None:
                 return None

@@ -371,7 +371,8 @@ def test_proofs_do_not_wait_for_reuses(
 def test_what_is_used_is_not_reclaimed(place: Place) -> None:
     for name in ("vda.1", "vda.2"):
         place.keep(name, TILE)
-    with place.local.using("vda.1") as first, place.local.using("vda.1") as second:
+    claims = place.local.claims
+    with claims.of("vda.1") as first, claims.of("vda.1") as second:
         assert (first, second) == (True, False)
         place.local.reclaim(lambda _: False)
     assert [each.name for each in place.local.retired()] == ["vda.1"]

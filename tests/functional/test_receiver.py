@@ -1161,6 +1161,23 @@ def test_hold_and_release(place: Place) -> None:
     assert [hold.operation for hold in holds] == [OTHER]
 
 
+def test_an_image_has_no_more_leases_than_256(place: Place) -> None:
+    end = time.time() + 60
+    others = [Hold(operation=f"{i:016x}", until=end) for i in range(255)]
+    body, found = place.keep(
+        "image", TILE, role=Role.IMAGE, state=VolumeState.USABLE, holds=tuple(others)
+    )
+    place.transfer()
+    place.transfer(volume(f"vda.{OTHER}"), operation=OTHER)
+    place.ask(Verb.HOLD, **hold_of(found), lease=60.0)
+    with pytest.raises(errors.RequestRefused, match="once more"):
+        place.ask(Verb.HOLD, operation=OTHER, **hold_of(found), lease=60.0)
+    # One that it has is renewed.
+    place.ask(Verb.HOLD, **hold_of(found), lease=90.0)
+    holds = place.local.volumes.read(body.name).body.holds
+    assert len(holds) == 256 and holds[-1].until > end + 20
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -9,7 +9,6 @@ import abc
 import contextlib
 import enum
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,6 @@ from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
-
-_HOLDS = 256
-"""Leases that one image has at most."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,10 @@ class Backend(abc.ABC):
             self._records, model.Volume, grace=settings.record_grace
         )
         self._catalog = catalog.Catalog(self.volumes)
-        self._used: set[str] = set()
-        self._using = threading.Lock()
+        self.images = keeping.Images(self.name, self.volumes, self._catalog)
+        """What peers count on."""
+        self.claims = keeping.Claims()
+        """On retired volumes that are being reused or removed."""
 
     # What a kind must say
 
@@ -219,52 +217,6 @@ class Backend(abc.ABC):
             return None
         return keeping.read_manifest(self._records, name, stored.body.digest)
 
-    # Images that peers count on
-
-    def image_of(self, wanted: keeping.Image) -> model.Volume | None:
-        """Return the proven image that is the one wanted."""
-        for stored in self._catalog.all():
-            if keeping.is_image(stored.body, wanted):
-                return stored.body
-        return None
-
-    def hold(self, wanted: keeping.Image, hold: model.Hold) -> str | None:
-        """Add or renew a lease on an image; None where it is not.
-
-        Returns the image's name. Leases that are over go with it. Raises
-        RecordConflict when others change the record all the time, Unsupported when
-        it has too many leases.
-        """
-
-        def held(volume: model.Volume) -> keeping.Holds | None:
-            if not keeping.is_image(volume, wanted):
-                return None
-            kept = keeping.holds_without(volume, hold.operation)
-            self._demand(len(kept) < _HOLDS, f"hold {volume.name} once more")
-            return (*kept, hold)
-
-        image = self.image_of(wanted)
-        if image is None or not keeping.change_holds(self.volumes, image.name, held):
-            return None
-        return image.name
-
-    def release(self, operation: str, root: str = "") -> int:
-        """Drop an operation's leases, on the image of a root or on all.
-
-        Returns how many there were.
-        """
-        released = 0
-        for stored in self._catalog.all():
-            digest = stored.body.digest
-            fits = not root or (digest is not None and digest.root == root)
-            if fits and any(h.operation == operation for h in stored.body.holds):
-                released += keeping.change_holds(
-                    self.volumes,
-                    stored.name,
-                    lambda volume: keeping.holds_without(volume, operation),
-                )
-        return released
-
     # What earlier moves left
 
     def retired(self, owner: str | None = None) -> list[model.Volume]:
@@ -277,20 +229,8 @@ class Backend(abc.ABC):
             and (fresh := self.volumes.find(stored.name)) is not None
             and _is_retired(fresh.body, owner)
         ]
-        found.sort(key=lambda stored: keeping.written(self._records, stored))
+        found.sort(key=self.volumes.written)
         return [stored.body for stored in found]
-
-    @contextlib.contextmanager
-    def using(self, name: str) -> Iterator[bool]:
-        """Claim a retired volume; yield False when another thread has it."""
-        with self._using:
-            is_ours = name not in self._used
-            self._used.add(name)
-        try:
-            yield is_ours
-        finally:
-            if is_ours:
-                self._used.discard(name)
 
     def set_aside(
         self, retired: model.Volume, aside: str, name: str, size: int
@@ -324,7 +264,7 @@ class Backend(abc.ABC):
         for volume in sorted(self.retired(), key=lambda each: each.owner == last):
             if enough(freed):
                 break
-            with self.using(volume.name) as is_ours:
+            with self.claims.of(volume.name) as is_ours:
                 if is_ours:
                     freed += self._reclaim(volume)
         return freed

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend keeps beside its volumes: manifests, leases of images, ages."""
+"""What a backend keeps of its volumes besides: manifests, leases of images, claims."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
-from virtmigrate import errors, manifest, model, record, storagepool, xml
+from virtmigrate import errors, manifest, model, record, storagepool
+from virtmigrate.backends import catalog
 from virtmigrate.formats import DiskFormat
 
 Holds = tuple[model.Hold, ...]
+
+_HOLDS = 256
+"""Leases that one image has at most."""
 
 _TRIES = 5
 """Times that a record is changed again after somebody else changed it."""
@@ -72,7 +78,112 @@ def is_image(volume: model.Volume, wanted: Image | None = None) -> bool:
     )
 
 
-def holds_without(volume: model.Volume, operation: str) -> Holds:
+class Images:
+    """The images of a backend that peers count on, by leases in their records.
+
+    Safe to share between threads.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        store: record.Store[model.Volume],
+        volumes: catalog.Catalog[model.Volume],
+    ) -> None:
+        self._backend = backend
+        self._store = store
+        self._volumes = volumes
+
+    def hold(self, wanted: Image, hold: model.Hold) -> str | None:
+        """Add or renew a lease on an image; None where it is not.
+
+        Returns the image's name. Leases that are over go with it. Raises
+        RecordConflict when others change the record all the time, Unsupported when
+        it has too many leases.
+        """
+
+        def held(volume: model.Volume) -> Holds | None:
+            if not is_image(volume, wanted):
+                return None
+            kept = _holds_without(volume, hold.operation)
+            if len(kept) >= _HOLDS:
+                raise errors.Unsupported(
+                    backend=self._backend,
+                    operation=f"hold {volume.name} once more",
+                    reason=f"it has {len(kept)} leases",
+                )
+            return (*kept, hold)
+
+        for stored in self._volumes.all():
+            if is_image(stored.body, wanted):
+                return stored.name if self._change(stored.name, held) else None
+        return None
+
+    def release(self, operation: str, root: str = "") -> int:
+        """Drop an operation's leases, on the image of a root or on all.
+
+        Returns how many there were.
+        """
+        released = 0
+        for stored in self._volumes.all():
+            digest = stored.body.digest
+            fits = not root or (digest is not None and digest.root == root)
+            if fits and any(h.operation == operation for h in stored.body.holds):
+                released += self._change(
+                    stored.name, lambda volume: _holds_without(volume, operation)
+                )
+        return released
+
+    # Private
+
+    def _change(
+        self, name: str, change: Callable[[model.Volume], Holds | None]
+    ) -> bool:
+        """Change the leases in a record; False when it is gone or `change` says None.
+
+        Raises RecordConflict when others change it all the time.
+        """
+        for attempt in range(1, _TRIES + 1):
+            stored = self._store.find(name)
+            holds = change(stored.body) if stored else None
+            if stored is None or holds is None:
+                break
+            body = msgspec.structs.replace(stored.body, holds=holds)
+            try:
+                self._store.publish(name, body, after=stored.generation)
+            except errors.RecordConflict:
+                if attempt == _TRIES:
+                    raise
+                continue
+            self._store.prune(name)
+            return True
+        return False
+
+
+class Claims:
+    """Volumes that one thread of this process works on, and no other may."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[bool]:
+        """Claim a volume; yield False when another thread has it."""
+        with self._lock:
+            is_ours = name not in self._names
+            self._names.add(name)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                self._names.discard(name)
+
+
+# Private
+
+
+def _holds_without(volume: model.Volume, operation: str) -> Holds:
     """Return the leases of others that are not over."""
     now = time.time()
     return tuple(
@@ -80,40 +191,3 @@ def holds_without(volume: model.Volume, operation: str) -> Holds:
         for hold in volume.holds
         if hold.operation != operation and hold.until > now
     )
-
-
-def change_holds(
-    store: record.Store[model.Volume],
-    name: str,
-    change: Callable[[model.Volume], Holds | None],
-) -> bool:
-    """Change the leases in a record; False when it is gone or `change` says None.
-
-    Raises RecordConflict when others change it all the time.
-    """
-    for attempt in range(1, _TRIES + 1):
-        stored = store.find(name)
-        holds = change(stored.body) if stored else None
-        if stored is None or holds is None:
-            break
-        body = msgspec.structs.replace(stored.body, holds=holds)
-        try:
-            store.publish(name, body, after=stored.generation)
-        except errors.RecordConflict:
-            if attempt == _TRIES:
-                raise
-            continue
-        store.prune(name)
-        return True
-    return False
-
-
-def written(pool: storagepool.Pool, stored: record.Stored[model.Volume]) -> float:
-    """Return when a record was written, by its host's clock; 0 when nobody knows."""
-    volume = f"{stored.name}.rec.{stored.generation}"
-    try:
-        with pool.opened(volume, f"looking at {volume}") as (_, vol):
-            tree = xml.parse(vol.XMLDesc(0))
-        return float(xml.text_at(tree, "target/timestamps/mtime") or 0)
-    except (errors.StorageError, ValueError):
-        return 0.0

@@ -45,7 +45,7 @@ class Arrival:
         self._demand_still_ours()
         if any(volume.held for volume in self._transfer.volumes):
             # From here on the layers' records say that they stand on images.
-            self._backend.release(self._stored.name)
+            self._backend.images.release(self._stored.name)
         self._publish_settled(all(imported))
 
     def demand_whole(self) -> None:
