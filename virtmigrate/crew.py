@@ -18,19 +18,41 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Task(Protocol):
-    """What a crew works on."""
+class Work(Protocol):
+    """What is gone on with when a host comes back."""
 
     stop: threading.Event
     """Set when the work is to end."""
     moved: float
     """When something was acknowledged last."""
 
+    def check(self) -> None:
+        """Raise Cancelled when this work is to end."""
+
+
+class Task(Work, Protocol):
+    """What a crew works on."""
+
     def handle(self, blocks: range) -> None:
         """Do one stretch; may be called again for the same."""
 
-    def check(self) -> None:
-        """Raise Cancelled when this work is to end."""
+
+def persist(work: Work, retry: float, call: Callable[..., T], *args: object) -> T:
+    """Call, and call again while a host is away.
+
+    Arguments:
+        retry: seconds for which it may be lost.
+    """
+    patience = _Patience(retry)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_passes),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+        stop=lambda _: work.stop.is_set() or patience.ends(work.moved),
+        sleep=lambda seconds: _wait(work, seconds),
+        before_sleep=_tell,
+        reraise=True,
+    )
+    return retrying(call, *args)
 
 
 class Crew:
@@ -38,7 +60,7 @@ class Crew:
 
     Arguments:
         feed: the stretches; asked by one thread at a time.
-        retry: seconds for which a host may be lost.
+        retry: as for persist().
     """
 
     def __init__(self, task: Task, feed: Iterator[range], retry: float) -> None:
@@ -59,35 +81,16 @@ class Crew:
         finally:
             concurrent.futures.wait(futures)
 
-    def persist(self, call: Callable[..., T], *args: object) -> T:
-        """Call, and call again while a host is away."""
-        patience = _Patience(self._retry)
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_passes),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=lambda _: self._task.stop.is_set() or patience.ends(self._task.moved),
-            sleep=self._wait,
-            before_sleep=_tell,
-            reraise=True,
-        )
-        return retrying(call, *args)
-
     # Private
 
     def _work(self) -> None:
         while (blocks := self._next()) is not None:
-            self.persist(self._task.handle, blocks)
+            persist(self._task, self._retry, self._task.handle, blocks)
             self._task.moved = time.monotonic()
 
     def _next(self) -> range | None:
         with self._lock:
             return next(self._feed, None)
-
-    def _wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            self._task.check()
-            self._task.stop.wait(min(left, 0.2))
 
 
 class _Patience:
@@ -110,6 +113,13 @@ class _Patience:
 
 
 # Private
+
+
+def _wait(work: Work, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        work.check()
+        work.stop.wait(min(left, 0.2))
 
 
 def _passes(error: BaseException) -> bool:

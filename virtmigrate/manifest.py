@@ -114,10 +114,6 @@ class Manifest:
         spans = (self.span(i) for i in range(self.count) if self[i] != UNKNOWN)
         return sum(end - start for start, end in spans)
 
-    def is_whole(self) -> bool:
-        """Tell whether every block is known."""
-        return all(self[index] != UNKNOWN for index in range(self.count))
-
     def slice(self, first: int, last: int) -> bytes:
         """Return the digests of the blocks from first up to last."""
         return bytes(self._digests[first * LENGTH : last * LENGTH])
@@ -139,6 +135,41 @@ class Manifest:
             block_size=self.block_size,
             root=self.root(),
         )
+
+
+class Fold:
+    """The digest of one block, from its pieces; zeros in front wait to be hashed."""
+
+    def __init__(self) -> None:
+        self._zeros = 0
+        self._hasher: blake3.blake3 | None = None
+
+    def add(self, data: bytes) -> bool:
+        """Take a piece; return False when it is all zeros."""
+        if is_zero(data):
+            self.skip(len(data))
+            return False
+        self._begun().update(data)
+        return True
+
+    def skip(self, length: int) -> None:
+        """Take a hole."""
+        self._zeros += length
+
+    def digest(self) -> bytes:
+        """Return what digest_of() says of the whole block."""
+        return ZERO if self._hasher is None else self._begun().digest()
+
+    # Private
+
+    def _begun(self) -> blake3.blake3:
+        """Return the hasher, with all zeros so far in it."""
+        self._hasher = self._hasher or blake3.blake3()
+        while self._zeros:
+            length = min(self._zeros, len(_ZEROS))
+            self._hasher.update(_ZEROS[:length])
+            self._zeros -= length
+        return self._hasher
 
 
 def digest_of(data: bytes) -> bytes:

@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
-import blake3
-
 from virtmigrate import account, crew, errors, limit, manifest, reading, writing
 from virtmigrate.known import Known
 from virtmigrate.manifest import UNKNOWN, ZERO, Manifest
@@ -132,33 +130,30 @@ class Mover:
 
     def persist(self, call: Callable[[], T]) -> T:
         """Call, and call again while a host is away, as a copy does."""
-        return crew.Crew(_Idle(self), iter(()), self.tuning.retry).persist(call)
+        return crew.persist(_Work(self), self.tuning.retry, call)
 
     # Private
 
     def _run(
         self, task: "_Survey", source: reading.Source, feed: Iterator[range]
     ) -> None:
-        hands = crew.Crew(task, feed, self.tuning.retry)
+        retry = self.tuning.retry
         with contextlib.ExitStack() as opened:
-            hands.persist(opened.enter_context, source)
-            hands.run(self._workers, self.tuning.workers)
+            crew.persist(task, retry, opened.enter_context, source)
+            crew.Crew(task, feed, retry).run(self._workers, self.tuning.workers)
             # Whoever cancelled while the last block went hears of it.
             task.check()
-            hands.persist(source.demand_unchanged)
+            crew.persist(task, retry, source.demand_unchanged)
 
 
-class _Idle:
-    """A task that has nothing to do but what it is asked for."""
+class _Work:
+    """Work that ends when somebody cancels it, or a part of it fails."""
 
     def __init__(self, mover: Mover) -> None:
         self.stop = threading.Event()
         self.moved = time.monotonic()
         """When something was acknowledged last."""
         self._mover = mover
-
-    def handle(self, blocks: range) -> None:
-        """Do one stretch; may be called again for the same."""
 
     def check(self) -> None:
         """Raise Cancelled when this work is to end."""
@@ -167,7 +162,7 @@ class _Idle:
             raise errors.Cancelled
 
 
-class _Survey(_Idle):
+class _Survey(_Work):
     """Reads blocks and keeps their digests."""
 
     def __init__(
@@ -195,21 +190,24 @@ class _Survey(_Idle):
                 yield range(first, last)
 
     def handle(self, blocks: range) -> None:
+        """Do one stretch; may be called again for the same."""
         for index in blocks:
             self.check()
-            digest, _ = self.digest(index)
-            self.count(index, digest)
+            self.count(index, self.digest(index))
 
-    def digest(self, index: int) -> tuple[bytes, bytes | None]:
-        """Return a block's digest, and its bytes unless they are too many to keep."""
+    def digest(self, index: int) -> bytes:
+        """Return a block's digest, and keep no more of it than a piece."""
+        fold = manifest.Fold()
         start, end = self.found.span(index)
-        if end - start > HELD:
-            return self._long_digest(start, end), None
-        data = self.read(start, end)
-        if data is None:
-            return ZERO, b""
-        with self._mover.account.waiting(account.HASHING):
-            return manifest.digest_of(data), data
+        for offset in range(start, end, PIECE):
+            until = min(offset + PIECE, end)
+            data = self.read(offset, until)
+            if data is None:
+                fold.skip(until - offset)
+                continue
+            with self._mover.account.waiting(account.HASHING):
+                fold.add(data)
+        return fold.digest()
 
     def read(self, start: int, end: int) -> bytes | None:
         """Return a range, with zeros behind the source's end; None for a hole."""
@@ -242,31 +240,6 @@ class _Survey(_Idle):
         self._mover.account.add(skipped=length)
         self._mover.progress.advance(length)
 
-    def _long_digest(self, start: int, end: int) -> bytes:
-        hashing = _Hashing()
-        for offset in range(start, end, PIECE):
-            length = min(PIECE, end - offset)
-            hashing.add(self.read(offset, offset + length) or bytes(length))
-        return hashing.digest()
-
-
-class _Hashing:
-    """The digest of a block that comes in pieces."""
-
-    def __init__(self) -> None:
-        self._hasher = blake3.blake3()
-        self._is_zero = True
-
-    def add(self, data: bytes) -> bool:
-        """Take a piece; return False when it is all zeros."""
-        self._hasher.update(data)
-        is_zero = manifest.is_zero(data)
-        self._is_zero = self._is_zero and is_zero
-        return not is_zero
-
-    def digest(self) -> bytes:
-        return ZERO if self._is_zero else self._hasher.digest()
-
 
 class _Copy(_Survey):
     """Reads blocks, and writes those that the target lacks."""
@@ -283,12 +256,10 @@ class _Copy(_Survey):
         self._known = known
 
     def handle(self, blocks: range) -> None:
-        under_way = _UnderWay()
+        under_way = writing.UnderWay()
         until = self.found.span(blocks.stop - 1)[1]
         try:
-            with self._target.writer(
-                until, lambda _start, _end: self._settle(under_way)
-            ) as writer:
+            with self._target.writer(until, lambda: self._settle(under_way)) as writer:
                 for index in blocks:
                     self.check()
                     self._handle(index, blocks.stop, writer, under_way)
@@ -306,10 +277,10 @@ class _Copy(_Survey):
         index: int,
         last: int,
         writer: writing.VolumeWriter,
-        under_way: "_UnderWay",
+        under_way: writing.UnderWay,
     ) -> None:
         """Send a block if the target lacks it."""
-        digest, data = self.digest(index)
+        digest, data = self._look(index)
         before = self._known[index]
         if digest == before:
             self._known.settled(index, digest)
@@ -327,12 +298,23 @@ class _Copy(_Survey):
         under_way.done(index)
         self._settle(under_way)
 
+    def _look(self, index: int) -> tuple[bytes, bytes | None]:
+        """Return a block's digest, and its bytes unless they are too many to keep."""
+        start, end = self.found.span(index)
+        if end - start > HELD:
+            return self.digest(index), None
+        data = self.read(start, end)
+        if data is None:
+            return ZERO, b""
+        with self._mover.account.waiting(account.HASHING):
+            return manifest.digest_of(data), data
+
     def _send_long(
         self,
         index: int,
         before: bytes,
         writer: writing.VolumeWriter,
-        under_way: "_UnderWay",
+        under_way: writing.UnderWay,
     ) -> None:
         """Send what has to be written of a block, in streams that are not too long."""
         unfinished = 0
@@ -346,14 +328,14 @@ class _Copy(_Survey):
 
     def _pieces(self, index: int, before: bytes) -> Iterator[tuple[int, bytes]]:
         """Read a block once more; yield what the target lacks of it."""
-        hashing = _Hashing()
+        fold = manifest.Fold()
         start, end = self.found.span(index)
         for offset in range(start, end, PIECE):
             length = min(PIECE, end - offset)
             piece = self.read(offset, offset + length) or bytes(length)
-            if hashing.add(piece) or before != ZERO:
+            if fold.add(piece) or before != ZERO:
                 yield offset, piece
-        if self.found[index] != hashing.digest():
+        if self.found[index] != fold.digest():
             reason = "a block of it did between two looks"
             raise errors.SourceChanged(volume=self._source.name, reason=reason)
 
@@ -362,7 +344,7 @@ class _Copy(_Survey):
         writer: writing.VolumeWriter,
         offset: int,
         data: bytes,
-        under_way: "_UnderWay",
+        under_way: writing.UnderWay,
     ) -> None:
         with self._mover.account.waiting(account.LIMIT):
             self._mover.limits.take(len(data), self.check)
@@ -372,38 +354,11 @@ class _Copy(_Survey):
         self._mover.account.add(sent=len(data))
         self._mover.progress.advance(0, sent=len(data))
 
-    def _settle(self, under_way: "_UnderWay") -> None:
+    def _settle(self, under_way: writing.UnderWay) -> None:
         """Note that all that was written is acknowledged."""
         for index in under_way.settle():
             self._known.settled(index, self.found[index])
         self.moved = time.monotonic()
-
-
-class _UnderWay:
-    """What one thread wrote, and nobody acknowledged yet."""
-
-    def __init__(self) -> None:
-        self.part = 0
-        """Bytes of the block that is being written."""
-        self._blocks: list[int] = []
-        self._whole = 0
-
-    @property
-    def lost(self) -> int:
-        """The bytes that have to be sent again after an error."""
-        return self._whole + self.part
-
-    def done(self, index: int) -> None:
-        """Say that all of a block was written."""
-        self._blocks.append(index)
-        self._whole += self.part
-        self.part = 0
-
-    def settle(self) -> list[int]:
-        """Return the blocks that were written, and forget them."""
-        blocks, self._blocks = self._blocks, []
-        self._whole = 0
-        return blocks
 
 
 def _demand_fit(

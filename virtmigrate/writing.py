@@ -13,8 +13,8 @@ from typing import Self
 
 from virtmigrate import storagepool, wire
 
-Acknowledge = Callable[[int, int], object]
-"""Called with the range that a finished stream wrote."""
+Acknowledge = Callable[[], object]
+"""Called when a host took all that was written until then."""
 
 
 class VolumeTarget:
@@ -44,7 +44,7 @@ class VolumeWriter:
         self._until = until
         self._acknowledge = acknowledge
         self._open: contextlib.ExitStack | None = None
-        self._begin = self._next = 0
+        self._next = 0
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +84,7 @@ class VolumeWriter:
             self._session.touch()
             with wire.aborting(self._stream):
                 self._stream.finish()
-        self._acknowledge(self._begin, self._next)
+        self._acknowledge()
 
     # Private
 
@@ -98,4 +98,31 @@ class VolumeWriter:
             # The length is a promise to nobody: libvirtd takes fewer bytes.
             vol.upload(self._stream, offset, self._until - offset, 0)
             self._open = stack.pop_all()
-        self._begin = self._next = offset
+        self._next = offset
+
+
+class UnderWay:
+    """What one thread wrote, and nobody acknowledged yet."""
+
+    def __init__(self) -> None:
+        self.part = 0
+        """Bytes of the block that is being written."""
+        self._blocks: list[int] = []
+        self._whole = 0
+
+    @property
+    def lost(self) -> int:
+        """The bytes that have to be sent again after an error."""
+        return self._whole + self.part
+
+    def done(self, index: int) -> None:
+        """Say that all of a block was written."""
+        self._blocks.append(index)
+        self._whole += self.part
+        self.part = 0
+
+    def settle(self) -> list[int]:
+        """Return the blocks that were written, and forget them."""
+        blocks, self._blocks = self._blocks, []
+        self._whole = 0
+        return blocks

@@ -115,6 +115,35 @@ def test_is_zero(data: bytes, zero: bool) -> None:
     assert manifest.is_zero(data) is zero
 
 
+# Blocks in pieces
+
+
+@given(pieces=st.lists(st.sampled_from([b"", b"\0", bytes(9), b"a", b"\0b"])))
+@settings(max_examples=300, deadline=None)
+def test_fold_is_the_digest_of_all_pieces(pieces: list[bytes]) -> None:
+    fold, holes = manifest.Fold(), manifest.Fold()
+    for piece in pieces:
+        assert fold.add(piece) == any(piece)
+        if any(piece):
+            holes.add(piece)
+        else:
+            holes.skip(len(piece))
+        # Asking is no end.
+        assert fold.digest() == holes.digest()
+    assert fold.digest() == manifest.digest_of(b"".join(pieces))
+
+
+@pytest.mark.parametrize("zeros", [MiB - 1, MiB, 3 * MiB + 7])
+def test_fold_of_more_zeros_than_a_piece(zeros: int) -> None:
+    fold = manifest.Fold()
+    fold.skip(zeros)
+    assert fold.digest() == manifest.ZERO
+    assert fold.add(b"x")
+    fold.skip(zeros)
+    expected = manifest.digest_of(bytes(zeros) + b"x" + bytes(zeros))
+    assert fold.digest() == expected
+
+
 # What is not known
 
 
@@ -144,12 +173,12 @@ def test_unlike_are_the_blocks_that_differ(one: bytes, other: bytes) -> None:
     assert list(of(one).unlike(of(other))) == expected
 
 
-def test_whole_when_nothing_is_unknown() -> None:
+def test_known_is_what_is_not_unknown() -> None:
     made = manifest.Manifest.unknown(2 * BLOCK + 1, BLOCK)
     for index in range(made.count):
-        assert not made.is_whole()
+        assert made.known() == index * BLOCK
         made[index] = manifest.ZERO
-    assert made.is_whole()
+    assert made.known() == made.size
     assert made.root() == manifest.Manifest(2 * BLOCK + 1, BLOCK).root()
 
 
