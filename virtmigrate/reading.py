@@ -54,22 +54,27 @@ class FileSource:
     Arguments:
         path: it must not change between entering and leaving `with`.
         size: its length in bytes; SourceChanged when it is another one.
+        fd: open for reading, by who closes it; by default the path is opened.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, fd: int | None = None) -> None:
         self.name = path.name
         self.size = size
         self._path = path
+        self._given = fd
         self._fd = -1
         self._has_holes = True
         self._before = (0, 0)
-        self._newest = (0, 0, 0)
+        self._hole = (0, 0)
 
     def __enter__(self) -> Self:
-        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        if self._given is None:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            self._fd = self._given
         try:
             self._has_holes = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            self._newest = (0, 0, 0)
+            self._hole = (0, 0)
             self._before = self._look()
             self._expect(self._before[0])
         except BaseException:
@@ -83,19 +88,30 @@ class FileSource:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
-        os.close(self._fd)
+        if self._given is None:
+            os.close(self._fd)
         self._fd = -1
 
     def read(self, start: int, end: int) -> bytes | None:
-        first, until = self._extent(start)
-        if first >= end:
+        if self.skip(start) >= end:
             return None
-        if first == start and until >= end:
-            return self._read(start, end)
-        return self._assemble(start, end)
+        data = os.pread(self._fd, end - start, start)
+        while len(data) < end - start:
+            position = start + len(data)
+            more = os.pread(self._fd, end - position, position)
+            if not more:
+                raise self._changed(f"it ends at {position}")
+            data += more
+        return data
 
     def skip(self, start: int) -> int:
-        return self._extent(start)[0]
+        # Only where data begins is asked for: looking for its end takes as long as
+        # the data is (tmpfs).
+        first, until = self._hole
+        if not first <= start < until:
+            until = self._data(start)
+            self._hole = start, until
+        return until
 
     def demand_unchanged(self) -> None:
         now = self._look()
@@ -112,46 +128,18 @@ class FileSource:
             return found.st_size, found.st_mtime_ns
         return os.lseek(self._fd, 0, os.SEEK_END), 0
 
-    def _extent(self, start: int) -> tuple[int, int]:
-        """Return where the data at or after start begins, and where it ends.
-
-        Looking for an extent's end takes as long as it is (tmpfs): once is enough.
-        """
-        searched, first, until = self._newest
-        if not searched <= start < until:
-            first, until = self._search(start)
-            self._newest = (start, first, until)
-        return max(start, first), until
-
-    def _search(self, start: int) -> tuple[int, int]:
+    def _data(self, start: int) -> int:
+        """Return where the data at or after start begins."""
         if not self._has_holes or start >= self.size:
-            return min(start, self.size), self.size
+            return min(start, self.size)
         try:
-            first = os.lseek(self._fd, start, os.SEEK_DATA)
-            return first, os.lseek(self._fd, first, os.SEEK_HOLE)
+            return os.lseek(self._fd, start, os.SEEK_DATA)
         except OSError as e:
             if e.errno != errno.ENXIO:
                 raise
             # No data from here on, or it shrank, which its length tells.
             self._expect(os.fstat(self._fd).st_size)
-            return self.size, self.size
-
-    def _read(self, start: int, end: int) -> bytes:
-        data = os.pread(self._fd, end - start, start)
-        if len(data) < end - start:
-            raise self._changed(f"it ends at {start + len(data)}")
-        return data
-
-    def _assemble(self, start: int, end: int) -> bytes:
-        """Read a range that holds data and holes."""
-        buffer = bytearray(end - start)
-        position, until = self._extent(start)
-        while position < end:
-            until = min(until, end)
-            data = self._read(position, until)
-            buffer[position - start : until - start] = data
-            position, until = self._extent(until)
-        return bytes(buffer)
+            return self.size
 
     def _expect(self, size: int) -> None:
         if size != self.size:
@@ -162,19 +150,26 @@ class FileSource:
 
 
 class VolumeSource:
-    """A volume read through libvirt, each thread by bounded downloads of its own."""
+    """A volume read through libvirt, each thread by bounded downloads of its own.
 
-    def __init__(self, pool: storagepool.Pool, name: str, size: int) -> None:
+    Arguments:
+        ahead: bytes that one download fetches; who reads here and there wants fewer.
+    """
+
+    def __init__(
+        self, pool: storagepool.Pool, name: str, size: int, ahead: int = WINDOW
+    ) -> None:
         self.name = name
         self.size = size
         self._pool = pool
+        self._ahead = min(ahead, WINDOW)
         self._thread = threading.local()
         self._gap = (0, 0)
         self._before = (0, "")
 
     def __enter__(self) -> Self:
         self._gap = (0, 0)
-        self._before = self._look()
+        self._before = self._pool.patiently(self._look)
         if self._before[0] != self.size:
             raise self._changed(f"it has {self._before[0]} bytes, not {self.size}")
         return self
@@ -190,7 +185,8 @@ class VolumeSource:
     def read(self, start: int, end: int) -> bytes | None:
         window = getattr(self._thread, "window", None)
         if window is None or not window.covers(start, end):
-            window = self._thread.window = self._fetch(start)
+            window = self._pool.patiently(lambda: self._fetch(start, end))
+            self._thread.window = window
         return window.cut(start, end)
 
     def skip(self, start: int) -> int:
@@ -198,7 +194,7 @@ class VolumeSource:
         return end if begin <= start < end else start
 
     def demand_unchanged(self) -> None:
-        if self._look() != self._before:
+        if self._pool.patiently(self._look) != self._before:
             raise self._changed("its length or its time of change did")
 
     # Private
@@ -209,8 +205,8 @@ class VolumeSource:
             changed = xml.text_at(xml.parse(vol.XMLDesc(0)), "target/timestamps/mtime")
         return self._pool.physical(self.name), changed or ""
 
-    def _fetch(self, start: int) -> "_Window":
-        window = _Window(start, min(start + WINDOW, self.size))
+    def _fetch(self, start: int, end: int) -> "_Window":
+        window = _Window(start, min(max(end, start + self._ahead), self.size))
         with self._pool.opened(self.name, f"downloading {self.name}") as opened:
             session, vol = opened
             stream = session.conn.newStream(0)
