@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The account of a transfer: where its bytes went, and what it waited for."""
 
+import collections
 import dataclasses
 import enum
 import operator
@@ -148,7 +149,8 @@ class Account:
         self._clock = clock
         self._began = clock()
         self._lock = threading.Lock()
-        self._counted = Figures()
+        self._merged = Figures()
+        self._counted = collections.Counter[str]()
         self._stretches = {kind: _Stretch() for kind in Wait}
         self._mine = _Mine()
 
@@ -163,28 +165,34 @@ class Account:
         verified: int = 0,
     ) -> None:
         """Count bytes; called once per chunk. See Figures."""
-        more = Figures(read, skipped, matched, sent, resent, verified)
         with self._lock:
-            self._counted += more
+            counted = self._counted
+            counted["read"] += read
+            counted["skipped"] += skipped
+            counted["matched"] += matched
+            counted["sent"] += sent
+            counted["resent"] += resent
+            counted["verified"] += verified
 
     def merge(self, other: Figures) -> None:
         """Take over bytes and waits of another account; the time stays our own."""
         with self._lock:
-            self._counted += dataclasses.replace(other, wall=0.0)
+            self._merged += dataclasses.replace(other, wall=0.0)
 
     def waiting(self, kind: Wait) -> "Waiting":
         """Return what counts the time of a `with` block as waiting.
 
         In a block within a block only the inner one's time runs.
         """
-        return Waiting(self, kind)
+        return Waiting(self, self._stretches[kind])
 
     def figures(self) -> Figures:
         """Return the figures as they are now; waits that go on are counted."""
         with self._lock:
             now = self._clock()
             waits = {kind: each.seconds(now) for kind, each in self._stretches.items()}
-            return self._counted + Figures(
+            return self._merged + Figures(
+                **self._counted,
                 source=waits[SOURCE],
                 hashing=waits[HASHING],
                 network=waits[NETWORK],
@@ -199,38 +207,38 @@ class Account:
 
     # For Waiting
 
-    def enter(self, kind: Wait) -> None:
+    def enter(self, stretch: "_Stretch") -> None:
         """Let this thread wait for something else than before."""
         stack = self._mine.stack
         with self._lock:
             now = self._clock()
             if stack:
-                self._stretches[stack[-1]].leave(now)
-            self._stretches[kind].enter(now)
-        stack.append(kind)
+                stack[-1].leave(now)
+            stretch.enter(now)
+        stack.append(stretch)
 
     def leave(self) -> None:
         """End this thread's latest wait and let the one around it go on."""
         stack = self._mine.stack
-        kind = stack.pop()
+        stretch = stack.pop()
         with self._lock:
             now = self._clock()
-            self._stretches[kind].leave(now)
+            stretch.leave(now)
             if stack:
-                self._stretches[stack[-1]].enter(now)
+                stack[-1].enter(now)
 
 
 class Waiting:
     """One `with` block in which a thread waits."""
 
-    __slots__ = ("_account", "_kind")
+    __slots__ = ("_account", "_stretch")
 
-    def __init__(self, account: Account, kind: Wait) -> None:
+    def __init__(self, account: Account, stretch: "_Stretch") -> None:
         self._account = account
-        self._kind = kind
+        self._stretch = stretch
 
     def __enter__(self) -> None:
-        self._account.enter(self._kind)
+        self._account.enter(self._stretch)
 
     def __exit__(
         self,
@@ -251,7 +259,7 @@ class _Mine(threading.local):
     """What this thread waits for, the innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[Wait] = []
+        self.stack: list[_Stretch] = []
 
 
 class _Stretch:
