@@ -13,6 +13,7 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import blake3
@@ -20,13 +21,15 @@ from oslo_log import log as logging
 
 from virtmigrate import (
     errors,
-    hashing,
     manifest,
     model,
     node,
+    progress,
+    reading,
     request,
     reservation,
     storagepool,
+    stream,
 )
 from virtmigrate.backends import base, keeping
 from virtmigrate.model import TransferState, VolumeState
@@ -58,6 +61,22 @@ class Work(Protocol):
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Mark a wait during which nothing advances, and that is alive all the same."""
+
+
+class _Told(progress.Progress):
+    """Progress that an errand's work is told of, and that it ends."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def check(self) -> None:
+        if self._work.is_stopped():
+            raise errors.Cancelled
+
+    def advance(self, done: int, *, sent: int = 0) -> None:
+        super().advance(done, sent=sent)
+        self._work.advance(done)
 
 
 @dataclass(frozen=True)
@@ -147,11 +166,11 @@ class Errands:
 
     def _verify(self, errand: _Errand) -> Outcome:
         wanted, name = errand.request, errand.volume().name
-        found = manifest.Manifest.unknown(wanted.size)
-        blocks: Sequence[int] = range(found.count)
+        blocks = None
         if wanted.sample:
-            blocks = request.sampled(found.count, wanted.sample, wanted.seed)
-        durable = self._hash(errand, errand.backend, name, found, blocks)
+            count = manifest.Manifest(wanted.size).count
+            blocks = request.sampled(count, wanted.sample, wanted.seed)
+        found, durable = self._survey(errand, errand.backend, name, blocks)
         return Outcome(found, durable=durable)
 
     def _grow(self, errand: _Errand) -> Outcome:
@@ -167,12 +186,12 @@ class Errands:
         if target.name == errand.backend.name:
             raise Refused("it is in this backend")
         if source.has(name):
-            self._demand_size(errand.backend, name, size)
+            with errand.backend.readable(source, name) as fd:
+                _demand_length(source, name, fd, size)
             with errand.work.waiting():
-                target.import_volume(source, name, size, errand.work.is_stopped)
+                target.import_volume(source, name, size, _Told(errand.work))
         # A killed one got as far as this; what it brought is proven as any other.
-        found = manifest.Manifest(size)
-        durable = self._hash(errand, target, name, found, range(found.count))
+        found, durable = self._survey(errand, target, name)
         return Outcome(found, durable=durable, after=lambda: source.delete(name))
 
     def _hold(self, errand: _Errand) -> Outcome:
@@ -251,8 +270,7 @@ class Errands:
         else:
             is_switched = state is base.Reuse.SWITCHED
             name = wanted.volume if is_switched else aside
-            found = manifest.Manifest(wanted.size)
-            self._hash(errand, backend, name, found, range(found.count))
+            found, _ = self._survey(errand, backend, name)
         if state is not base.Reuse.SWITCHED:
             self._demand_asked(errand)
             backend.switch(aside, wanted.volume)
@@ -306,46 +324,31 @@ class Errands:
             raise Refused("there is no such backend")
         return backend
 
-    def _hash(
+    def _survey(
         self,
         errand: _Errand,
         backend: base.Backend,
         name: str,
-        found: manifest.Manifest,
-        blocks: Sequence[int],
-    ) -> bool:
-        """Set blocks of a manifest from an incoming volume, fsynced before.
-
-        Returns whether it was.
-        """
-        pool, work = backend.incoming, errand.work
-        with backend.readable(pool, name) as fd:
-            _demand(_length(pool, name, fd), found.size)
+        blocks: Sequence[int] | None = None,
+    ) -> tuple[manifest.Manifest, bool]:
+        """Read all or some of an incoming volume; tell if it was fsynced before."""
+        pool, work, size = backend.incoming, errand.work, errand.request.size
+        tuning = stream.Tuning(self._workers, reading.WINDOW)
+        with (
+            backend.readable(pool, name) as fd,
+            stream.Mover(tuning, progress=_Told(work)) as mover,
+        ):
+            _demand_length(pool, name, fd, size)
             with work.waiting():
                 durable = _flush(pool, fd)
-            if fd is None:
-                hashing.hash_volume(
-                    pool,
-                    name,
-                    found,
-                    blocks,
-                    progress=work.advance,
-                    stop=work.is_stopped,
-                )
+            source: reading.Source
+            if fd is not None:
+                source = reading.FileSource(Path(name), size, fd)
             else:
-                hashing.hash_file(
-                    fd,
-                    found,
-                    blocks,
-                    workers=self._workers,
-                    progress=work.advance,
-                    stop=work.is_stopped,
-                )
-        return durable
-
-    def _demand_size(self, backend: base.Backend, name: str, size: int) -> None:
-        with backend.readable(backend.incoming, name) as fd:
-            _demand(_length(backend.incoming, name, fd), size)
+                # Of a sample, no more than its blocks.
+                ahead = manifest.block_size_for(size) if blocks else reading.WINDOW
+                source = reading.VolumeSource(pool, name, size, ahead)
+            return mover.survey(source, blocks), durable
 
 
 def aside_name(wanted: Request) -> str:
@@ -367,11 +370,10 @@ def aside_operation(name: str) -> str | None:
 # Private
 
 
-def _length(pool: storagepool.Pool, name: str, fd: int | None) -> int:
-    return pool.physical(name) if fd is None else os.lseek(fd, 0, os.SEEK_END)
-
-
-def _demand(length: int, size: int) -> None:
+def _demand_length(
+    pool: storagepool.Pool, name: str, fd: int | None, size: int
+) -> None:
+    length = pool.physical(name) if fd is None else os.lseek(fd, 0, os.SEEK_END)
     if length != size:
         raise Refused(f"it has {length} bytes and not {size}")
 

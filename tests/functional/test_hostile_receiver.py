@@ -30,6 +30,7 @@ from tests.functional.test_receiver import (
 from virtmigrate import desk, errand, errors, model, receiver, request
 from virtmigrate.backends import base
 from virtmigrate.backends import dir as dirs
+from virtmigrate.progress import Progress, Report
 from virtmigrate.request import Answer, Request, State, Verb
 from virtmigrate.units import MiB
 
@@ -382,14 +383,15 @@ def test_what_is_used_is_not_reclaimed(place: Place) -> None:
 
 def test_a_copy_is_stopped(place: Place) -> None:
     path = place.put(content() + bytes(40 * MiB) + TILE)
-    other, asked_for = place.here.backends["other"], [0]
+    other, size = place.here.backends["other"], path.stat().st_size
 
-    def stop() -> bool:
-        asked_for.append(1)
-        return sum(asked_for) > 1
+    def listen(report: Report) -> None:
+        if report.done > MiB:
+            halfway.cancel()
 
+    halfway = Progress(listen, interval=0)
     with pytest.raises(errors.Cancelled):
         base.Backend.import_volume(
-            other, place.local.incoming, path.name, path.stat().st_size, stop
+            other, place.local.incoming, path.name, size, halfway
         )
-    assert sum(asked_for) == 2
+    assert MiB < halfway.report().done < size

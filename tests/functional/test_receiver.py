@@ -483,14 +483,14 @@ def big_volume(place: Place, size: int = GiB) -> Path:
 def test_stopped_in_the_middle(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     big_volume(place, 64 * MiB)
     reading, going = threading.Event(), threading.Event()
-    real = os.preadv
+    real = os.pread
 
-    def slow(*args: object) -> int:
+    def slow(*args: object) -> bytes:
         reading.set()
         going.wait(0.05)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "pread", slow)
     wanted = job(size=64 * MiB)
     place.post(wanted)
     place.receiver.start()
@@ -509,13 +509,13 @@ def test_stopped_in_the_middle(place: Place, monkeypatch: pytest.MonkeyPatch) ->
 def test_nobody_waits_any_more(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that is gone takes its volumes with it: the work ends."""
     big_volume(place, 40 * MiB)
-    real = os.preadv
+    real = os.pread
 
-    def slow(*args: object) -> int:
+    def slow(*args: object) -> bytes:
         time.sleep(0.2)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "pread", slow)
     place.receiver.start()
     with pytest.raises(errors.Cancelled):
         place.asker().ask(job(size=40 * MiB), cancelling_after(0.3))
@@ -528,9 +528,9 @@ def test_libvirt_is_busy_for_a_moment(
     """What is worked on goes on."""
     big_volume(place, 4 * MiB)
     reading, going = threading.Event(), threading.Event()
-    real = os.preadv
+    real = os.pread
 
-    def slow(*args: object) -> int:
+    def slow(*args: object) -> bytes:
         reading.set()
         going.wait(SECONDS)
         return real(*args)  # type: ignore[arg-type]
@@ -539,7 +539,7 @@ def test_libvirt_is_busy_for_a_moment(
         going.set()
         raise errors.PoolBusy(host="x", pool="x", seconds=1, reason="x")
 
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "pread", slow)
     place.receiver.start()
     asked = threading.Thread(
         target=place.asker().ask, args=(job(size=4 * MiB),), daemon=True
@@ -556,13 +556,13 @@ def test_libvirt_is_busy_for_a_moment(
 def test_signs_of_life(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that waits no longer than a second between two of them gets through."""
     big_volume(place, 24 * MiB)
-    real = os.preadv
+    real = os.pread
 
-    def slow(*args: object) -> int:
+    def slow(*args: object) -> bytes:
         time.sleep(0.2)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "pread", slow)
     place.receiver.start()
     asker = asking.Asker(place.mailbox, OPERATION, begin_timeout=1, stall_timeout=1.7)
     seen: list[int] = []
@@ -666,13 +666,13 @@ def cancelling_after(seconds: float) -> Callable[[int], None]:
 def test_stuck_in_the_middle(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     big_volume(place, 4 * MiB)
     going = threading.Event()
-    real = os.preadv
+    real = os.pread
 
-    def stuck(*args: object) -> int:
+    def stuck(*args: object) -> bytes:
         going.wait(SECONDS)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "preadv", stuck)
+    monkeypatch.setattr(os, "pread", stuck)
     place.receiver.start()
     asker = asking.Asker(place.mailbox, OPERATION, begin_timeout=5, stall_timeout=1.5)
     began = time.monotonic()

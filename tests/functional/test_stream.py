@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -218,6 +219,47 @@ def test_some_blocks_of_a_volume(pool: storagepool.Pool, source: Path) -> None:
         found = mover.survey(copy.reader(), [0, 5, 12])
     assert {n for n in range(found.count) if found[n] != UNKNOWN} == {0, 5, 12}
     assert [found[n] for n in (0, 5, 12)] == [sent[n] for n in (0, 5, 12)]
+    copy.remove()
+
+
+def test_some_blocks_fetch_no_more(
+    pool: storagepool.Pool, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Copy(pool, source)
+    sent = copy.send()
+    fetched: list[int] = []
+
+    class Window(reading._Window):
+        def __init__(self, start: int, end: int) -> None:
+            super().__init__(start, end)
+            fetched.append(end - start)
+
+    monkeypatch.setattr(reading, "_Window", Window)
+    sparing = reading.VolumeSource(pool, copy.name, copy.size, MiB)
+    with stream.Mover() as mover:
+        found = mover.survey(sparing, [0, 5])
+    assert [found[0], found[5]] == [sent[0], sent[5]]
+    assert fetched == [MiB, MiB]
+    copy.remove()
+
+
+def test_read_while_libvirt_refreshes_the_pool(
+    pool: storagepool.Pool, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Copy(pool, source)
+    sent = copy.send()
+    refused: list[str] = []
+    real = storagepool.Pool.opened
+
+    def opened(self: storagepool.Pool, name: str, doing: str) -> Any:
+        refused.append(doing)
+        if refused.count(doing) == 1:
+            raise errors.PoolBusy(host="h", pool="p", seconds=1, reason="refreshes")
+        return real(self, name, doing)
+
+    monkeypatch.setattr(storagepool.Pool, "opened", opened)
+    assert copy.survey().root() == sent.root()
+    assert len(set(refused)) == 2
     copy.remove()
 
 

@@ -54,7 +54,6 @@ FLOORS = {
     "peer": 5,
     # What a source asks of a peer, and who answers it there.
     "request": 2,
-    "hashing": 3,
     "notice": 3,
     "asking": 5,
     "assistance": 5,

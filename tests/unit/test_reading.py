@@ -80,8 +80,16 @@ def test_any_layout(
         source.demand_unchanged()
 
 
-def test_holes_are_not_read(path: Path) -> None:
+def test_holes_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = write_runs(path, [(64 * MiB, 4096, ord("a"))], 64 * MiB)
+    read: list[int] = []
+    real = os.pread
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        read.append(offset)
+        return real(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
     with reading.FileSource(path, size) as source:
         assert source.skip(0) == 64 * MiB
         assert source.read(0, MiB) is None
@@ -90,6 +98,33 @@ def test_holes_are_not_read(path: Path) -> None:
         assert data == b"a" * 4096 + bytes(MiB - 4096)
         assert source.skip(64 * MiB + 100) == 64 * MiB + 100
         assert source.skip(65 * MiB) == size
+    assert read == [64 * MiB]
+
+
+def test_short_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(5009)
+    path.write_bytes(content)
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, min(n, 1000), at))
+    with reading.FileSource(path, 5009) as source:
+        assert source.read(0, 5009) == content
+        assert source.read(3000, 5009) == content[3000:]
+
+
+def test_file_that_somebody_opened(path: Path) -> None:
+    """It is read even when the path leads elsewhere by now, and stays open."""
+    size = write_runs(path, [(PAGE, PAGE, ord("a"))])
+    with path.open("rb") as file:
+        path.rename(path.with_name("elsewhere"))
+        source = reading.FileSource(path, size, file.fileno())
+        for _ in range(2):
+            with source:
+                assert read_all(source, 1000) == bytes(PAGE) + b"a" * PAGE
+        wrong = reading.FileSource(path, size + 1, file.fileno())
+        with pytest.raises(errors.SourceChanged), wrong:
+            pass
+        file.seek(0)
+        assert file.read() == bytes(PAGE) + b"a" * PAGE
 
 
 @pytest.mark.parametrize("size", [0, 1, MiB, MiB + 1])

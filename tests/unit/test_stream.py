@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies that are cut and resumed: equal in the end, and known on the way."""
 
+import os
 import random
 import threading
 import time
@@ -674,6 +675,71 @@ def test_survey_of_some_blocks() -> None:
         again = mover.survey(source, [1])
         assert (again[1], again.known()) == (ZERO, BLOCK)
         assert mover.survey(source, []).digests() == UNKNOWN * 3
+
+
+@given(
+    runs=st.lists(
+        st.tuples(
+            st.integers(0, 3 * BLOCK),
+            st.integers(1, 3 * BLOCK),
+            st.sampled_from([b"x", b"\0", b"\0\0\0y"]),
+        ),
+        max_size=6,
+    ),
+    tail=st.integers(0, 3 * BLOCK),
+    scale=st.sampled_from([1, 100]),
+    tuning=TUNINGS,
+)
+@EACH
+def test_survey_of_any_file(
+    runs: list[tuple[int, int, bytes]],
+    tail: int,
+    scale: int,
+    tuning: stream.Tuning,
+    tmp_path: Path,
+) -> None:
+    """Holes of files are whole pages, of many blocks each."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        for gap, length, pattern in runs:
+            file.seek(gap * scale, os.SEEK_CUR)
+            file.write((pattern * length)[:length])
+        size = file.truncate(file.tell() + tail * scale)
+    with stream.Mover(tuning) as mover, path.open("rb") as file:
+        found = mover.survey(reading.FileSource(path, size, file.fileno()))
+    assert found.digests() == of(path.read_bytes()).digests()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_survey_of_a_file_that_ends_too_early(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 9 * BLOCK)
+    progress = Progress(lambda _: os.truncate(path, 5 * BLOCK), interval=0)
+    tuning = stream.Tuning(workers, BLOCK)
+    with (
+        stream.Mover(tuning, progress=progress) as mover,
+        pytest.raises(errors.TransferError),
+    ):
+        mover.survey(reading.FileSource(path, 9 * BLOCK))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("blocks", [None, range(100)], ids=["all", "some"])
+def test_survey_is_told_and_cancelled(workers: int, blocks: range | None) -> None:
+    """It ends between blocks, not between stretches."""
+
+    def listen(report: Report) -> None:
+        if report.done >= 10 * BLOCK:
+            progress.cancel()
+
+    progress = Progress(listen, interval=0)
+    tuning = stream.Tuning(workers, 50 * BLOCK)
+    with (
+        stream.Mover(tuning, progress=progress) as mover,
+        pytest.raises(errors.Cancelled),
+    ):
+        mover.survey(FakeSource(b"x" * 100 * BLOCK), blocks)
+    assert 10 <= progress.report().done // BLOCK <= 10 + workers
 
 
 def test_one_mover_for_several_copies() -> None:

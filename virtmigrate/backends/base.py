@@ -15,10 +15,21 @@ from pathlib import Path
 
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, manifest, model, record, storagepool
-from virtmigrate.backends import catalog, copying, keeping
+from virtmigrate import (
+    domainxml,
+    errors,
+    manifest,
+    model,
+    reading,
+    record,
+    storagepool,
+    stream,
+    writing,
+)
+from virtmigrate.backends import catalog, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
+from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
 
@@ -309,16 +320,19 @@ class Backend(abc.ABC):
         source: storagepool.Pool,
         name: str,
         size: int,
-        stop: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
     ) -> None:
         """Bring a volume of another pool of this host into incoming.
 
         The source may be gone afterwards. What incoming has of that name is
-        replaced. Can be called again. Raises Cancelled when `stop` says so.
+        replaced. Can be called again. What was written is not proven here: who asked
+        for it reads it back.
         """
         self.incoming.delete(name)
         self.incoming.create_raw(name, size)
-        copying.copy(source, name, self.incoming, name, size, stop)
+        target = writing.VolumeTarget(self.incoming, name, size)
+        with stream.Mover(progress=progress) as mover:
+            mover.copy(reading.VolumeSource(source, name, size), target)
 
     # Private
 

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from oslo_log import log as logging
@@ -18,6 +18,7 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, errors, model, storagepool
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
+from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class DirBackend(base.Backend):
         source: storagepool.Pool,
         name: str,
         size: int,
-        stop: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
     ) -> None:
         if self._renames(source):
             try:
@@ -159,7 +160,7 @@ class DirBackend(base.Backend):
             else:
                 self._settle(source)
                 return
-        super().import_volume(source, name, size, stop)
+        super().import_volume(source, name, size, progress)
 
     # Private
 
