@@ -333,7 +333,7 @@ class Errands:
     ) -> tuple[manifest.Manifest, bool]:
         """Read all or some of an incoming volume; tell if it was fsynced before."""
         pool, work, size = backend.incoming, errand.work, errand.request.size
-        tuning = stream.Tuning(self._workers, reading.WINDOW)
+        tuning = stream.Tuning(self._workers)
         with (
             backend.readable(pool, name) as fd,
             stream.Mover(tuning, progress=_Told(work)) as mover,

@@ -326,7 +326,7 @@ class Backend(abc.ABC):
 
         The source may be gone afterwards. What incoming has of that name is
         replaced. Can be called again. What was written is not proven here: who asked
-        for it reads it back.
+        for it reads it back. Raises Cancelled, SourceChanged for another length.
         """
         self.incoming.delete(name)
         self.incoming.create_raw(name, size)
