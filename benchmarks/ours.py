@@ -68,7 +68,7 @@ def move(task: Task, there: host.Host) -> None:
     """
     other = peer.Peer(there, node.mailbox(there, GRACE))
     card = other.card().backends[0]
-    transfer = other.reserve(_transfer(task, there, card), card)
+    transfer = other.reserve(_transfer(task, there, card), {card.name: card})
     with tempfile.TemporaryDirectory() as kept, stream.Mover(TUNING) as mover:
         for volume in transfer.volumes:
             if volume.held:
@@ -104,9 +104,9 @@ def main() -> None:
 
 
 def _transfer(task: Task, there: host.Host, card: model.BackendCard) -> model.Transfer:
-    volumes = [_volume(task, Path(path)) for path in task.disks]
+    volumes = [_volume(task, card, Path(path)) for path in task.disks]
     if task.base is not None:
-        volumes.insert(0, _image(task, Path(task.base)))
+        volumes.insert(0, _image(task, card, Path(task.base)))
     return model.Transfer(
         operation=task.operation,
         request="benchmark",
@@ -115,16 +115,16 @@ def _transfer(task: Task, there: host.Host, card: model.BackendCard) -> model.Tr
         peer=there.name,
         state=model.TransferState.RESERVED,
         generation=0,
-        backend=card.name,
         volumes=tuple(volumes),
         created=time.time(),
     )
 
 
-def _volume(task: Task, path: Path) -> model.TransferVolume:
+def _volume(task: Task, card: model.BackendCard, path: Path) -> model.TransferVolume:
     size = path.stat().st_size
     return model.TransferVolume(
         name=incoming(path.name, task.operation),
+        backend=card.name,
         source=str(path),
         target=path.name,
         role=Role.ROOT,
@@ -132,14 +132,15 @@ def _volume(task: Task, path: Path) -> model.TransferVolume:
         size=size,
         length=size,
         room=size,
-        backing=_image(task, Path(task.base)).name if task.base else None,
+        backing=_image(task, card, Path(task.base)).name if task.base else None,
     )
 
 
-def _image(task: Task, path: Path) -> model.TransferVolume:
+def _image(task: Task, card: model.BackendCard, path: Path) -> model.TransferVolume:
     size = path.stat().st_size
     return model.TransferVolume(
         name=incoming(path.name, task.operation),
+        backend=card.name,
         source=str(path),
         target=path.name,
         role=Role.IMAGE,

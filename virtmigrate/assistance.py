@@ -48,6 +48,7 @@ class Assistance:
                     format=volume.format,
                     size=volume.size,
                     lease=LEASE,
+                    backend=volume.backend,
                 )
                 answer = self._try(wanted, "an image is sent along", check)
                 if answer is not None:
@@ -76,9 +77,9 @@ class Assistance:
         wanted = Request(verb=Verb.GROW, volume=volume, size=size)
         return self._try(wanted, "all is sent anew", check) is not None
 
-    def reclaim(self, missing: int, check: Check = lambda: None) -> bool:
+    def reclaim(self, backend: str, missing: int, check: Check = lambda: None) -> bool:
         """Let the peer remove what was retired there; False when that freed nothing."""
-        wanted = Request(verb=Verb.RECLAIM, size=missing)
+        wanted = Request(verb=Verb.RECLAIM, backend=backend, size=missing)
         answer = self._try(wanted, "nothing was reclaimed", check)
         return answer is not None and answer[0].size > 0
 

@@ -151,7 +151,7 @@ class Errands:
         transfer = self._transfer(wanted)
         if wanted.verb in ACTIONS:
             return self._act(wanted.verb, transfer, work)
-        backend = self._backend(transfer.backend)
+        backend = self._place(wanted, transfer)
         return verbs[wanted.verb](_Errand(wanted, transfer, backend, work))
 
     # Private: verbs
@@ -208,7 +208,8 @@ class Errands:
         return Outcome(name=name)
 
     def _release(self, errand: _Errand) -> Outcome:
-        errand.backend.images.release(errand.request.operation, errand.request.root)
+        for backend in self._here.backends.values():
+            backend.images.release(errand.request.operation, errand.request.root)
         return Outcome()
 
     def _reuse(self, errand: _Errand) -> Outcome:
@@ -317,6 +318,13 @@ class Errands:
             return request.decode(data, name) == wanted
         except (ValueError, errors.ShortTransfer, errors.VolumeNotFound):
             return False
+
+    def _place(self, wanted: Request, transfer: model.Transfer) -> base.Backend:
+        """Return the backend in which something is wanted."""
+        found = [v.backend for v in transfer.volumes if v.name == wanted.volume]
+        if wanted.verb is Verb.RELEASE:
+            return self._here.files
+        return self._backend(found[0] if found else wanted.backend)
 
     def _backend(self, name: str) -> base.Backend:
         backend = self._here.backends.get(name)

@@ -16,6 +16,7 @@
     │   ├── ReceiverSilent, RequestRefused
     │   └── LibvirtFailed
     ├── StorageError
+    │   ├── NoBackend
     │   ├── PoolNotFound, PoolBusy
     │   ├── VolumeNotFound, VolumeExists
     │   ├── NoSpace
@@ -153,6 +154,10 @@ class LibvirtFailed(HostError):
 
 class StorageError(Error):
     msg = "host {host}, pool {pool}: {reason}"
+
+
+class NoBackend(StorageError):
+    msg = "host {host} has no {wanted} for {size}"
 
 
 class PoolNotFound(StorageError):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from virtmigrate import domainxml, errors
+from virtmigrate import domainxml, errors, placement
 from virtmigrate.migration import plan
 from virtmigrate.model import Role
 from virtmigrate.spawning import Wanted
@@ -41,6 +41,7 @@ def wanted(instance: Any, image_meta: Any, network_info: Any, *, owner: str) -> 
         loader=firmware,
         nvram_template=Path(template) if template else None,
         interfaces=interfaces(network_info),
+        demand=_demand(flavor),
         owner=owner,
     )
 
@@ -56,6 +57,7 @@ def request(
     """Return the move that the caller wants; no flavor changes nothing."""
     sizes: dict[Role, int] = {}
     memory = vcpus = None
+    asked = _demand(flavor or getattr(instance, "flavor", None))
     if flavor is not None:
         memory, vcpus = int(flavor.memory_mb) * MiB, int(flavor.vcpus)
         wanted_sizes = {
@@ -70,6 +72,7 @@ def request(
         memory=memory,
         vcpus=vcpus,
         sizes=sizes,
+        demand=asked,
         timeout=timeout,
         retry_interval=retry_interval or 1,
     )
@@ -82,6 +85,10 @@ def interfaces(network_info: Any) -> tuple[domainxml.Interface, ...]:
 
 
 # Private
+
+
+def _demand(flavor: Any) -> placement.Demand:
+    return placement.demand(_field(flavor, "extra_specs", None) or {})
 
 
 def _interface(vif: Mapping[str, Any]) -> domainxml.Interface:

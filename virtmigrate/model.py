@@ -172,6 +172,8 @@ class TransferVolume(Struct, frozen=True):
 
     name: str
     """At the peer; it holds the operation's id."""
+    backend: str
+    """The peer's backend that it comes to."""
     source: str
     target: str
     """The disk that it is the top of, or a layer of."""
@@ -208,8 +210,6 @@ class Transfer(Struct, frozen=True):
     state: TransferState
     generation: int
     """Of the instance's record when the source gave it up."""
-    backend: str
-    """The peer's backend that the volumes come to."""
     volumes: tuple[TransferVolume, ...]
     created: float
     """Seconds since the epoch, on the source."""
@@ -218,14 +218,21 @@ class Transfer(Struct, frozen=True):
 
 
 class BackendCard(Struct, frozen=True):
+    """What a host says of one of its backends."""
+
     name: str
     kind: str
     disks: str
     incoming: str
     records: str
     """Names of its pools."""
+    formats: tuple[DiskFormat, ...]
+    files: bool
+    """It takes NVRAM, config drives and other files."""
     reserved: int = 0
     """Bytes of its room that are left free."""
+    traits: tuple[str, ...] = ()
+    """What it is, for flavors that ask for it."""
 
 
 class HostCard(Struct, frozen=True):

@@ -310,6 +310,9 @@ def card_of(backend: base.Backend) -> model.BackendCard:
         kind=backend.kind,
         disks=backend.disks.name,
         incoming=backend.incoming.name,
-        records=backend.volumes.pool.name,
+        records=backend.records,
+        formats=backend.capabilities.formats,
+        files=backend.capabilities.files,
         reserved=backend.settings.reserved,
+        traits=backend.settings.traits,
     )

@@ -8,6 +8,7 @@ peer only volumes named after our own operation are made or removed.
 
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import libvirt
@@ -106,7 +107,7 @@ class Peer:
     def reserve(
         self,
         transfer: model.Transfer,
-        card: model.BackendCard,
+        cards: Mapping[str, model.BackendCard],
         check: assistance.Check = lambda: None,
     ) -> model.Transfer:
         """Publish the transfer, which reserves its room; then see that there is room.
@@ -129,12 +130,13 @@ class Peer:
         holding = helps.hold(transfer, check)
         if holding != transfer:
             self.transfers.publish(stored.name, holding, after=stored.generation)
-        room = reservation.Room(self._mailbox, card, self._pool(card.incoming))
-        missing = room.missing(holding)
-        if missing and helps.reclaim(missing, check):
+        for card in cards.values():
+            room = reservation.Room(self._mailbox, card, self._pool(card.incoming))
             missing = room.missing(holding)
-        if missing:
-            raise room.error(holding)
+            if missing and helps.reclaim(card.name, missing, check):
+                missing = room.missing(holding)
+            if missing:
+                raise room.error(holding)
         return holding
 
     def transfer(self, operation: str) -> record.Stored[model.Transfer] | None:
@@ -249,16 +251,17 @@ class Peer:
         """Give up what the peer holds for the operation; a lease ends by itself."""
         self._help(operation).release()
 
-    def remove(self, card: model.BackendCard, names: set[str]) -> None:
-        """Remove incoming volumes of ours that a move needs no more."""
-        pool = self._pool(card.incoming)
-        for name in sorted(names):
-            pool.delete(name)
+    def remove(self, card: model.BackendCard, name: str) -> None:
+        """Remove an incoming volume of ours that a move needs no more."""
+        self._pool(card.incoming).delete(name)
 
-    def remove_volumes(self, transfer: model.Transfer, card: model.BackendCard) -> None:
+    def remove_volumes(
+        self, transfer: model.Transfer, cards: Mapping[str, model.BackendCard]
+    ) -> None:
         """Remove what this operation made in incoming; can be called again."""
-        sent = (v for v in transfer.volumes if not v.shared and not v.held)
-        self.remove(card, {volume.name for volume in sent})
+        for volume in transfer.volumes:
+            if not volume.shared and not volume.held:
+                self.remove(cards[volume.backend], volume.name)
 
     def forget(self, operation: str) -> None:
         """Remove the transfer's record: it is over."""

@@ -106,7 +106,7 @@ class Request(model.Struct, frozen=True):
     lease: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """HOLD: seconds."""
     backend: Name = ""
-    """IMPORT: the peer's backend that the volume goes to."""
+    """HOLD, RECLAIM: which of the peer's; IMPORT: the one that the volume goes to."""
 
 
 class Answer(model.Struct, frozen=True):

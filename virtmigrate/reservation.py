@@ -32,7 +32,7 @@ class Room:
 
         What all others have reserved and not written yet counts as used.
         """
-        wanted = outstanding(transfer, self._incoming) + self._reserved(transfer)
+        wanted = self._outstanding(transfer) + self._reserved(transfer)
         return max(0, wanted - self._free())
 
     def error(self, transfer: model.Transfer) -> errors.NoSpace:
@@ -41,7 +41,7 @@ class Room:
             host=self._incoming.host.name,
             pool=self._incoming.name,
             free=format_bytes(self._free()),
-            wanted=format_bytes(sum(volume.room for volume in transfer.volumes)),
+            wanted=format_bytes(sum(v.room for v in self._ours(transfer))),
             reserved=format_bytes(self._reserved(transfer)),
         )
 
@@ -57,10 +57,9 @@ class Room:
         """
         total, capacity = 0, self._incoming.room().capacity
         for other in self._mailbox.open_transfers():
-            ours = other.name == transfer.operation
-            if ours or other.body.backend != self._card.name:
+            if other.name == transfer.operation:
                 continue
-            wanted = outstanding(other.body, self._incoming)
+            wanted = self._outstanding(other.body)
             if wanted > capacity:
                 LOG.warning(
                     "transfer=%r wants %s of %s: passed over",
@@ -72,6 +71,15 @@ class Room:
             total += wanted
         return total
 
+    def _ours(self, transfer: model.Transfer) -> list[model.TransferVolume]:
+        return [v for v in transfer.volumes if v.backend == self._card.name]
+
+    def _outstanding(self, transfer: model.Transfer) -> int:
+        """Return the bytes that a transfer has reserved here and not written yet."""
+        if transfer.state not in RESERVING:
+            return 0
+        return sum(outstanding_of(v, self._incoming) for v in self._ours(transfer))
+
 
 def sent_size(volume: model.TransferVolume) -> int:
     """Return the size of the raw volume that the bytes are sent into.
@@ -81,13 +89,6 @@ def sent_size(volume: model.TransferVolume) -> int:
     """
     raw = volume.format.value == "raw"
     return max(volume.size, volume.length) if raw else volume.length
-
-
-def outstanding(transfer: model.Transfer, pool: storagepool.Pool) -> int:
-    """Return the bytes that a transfer has reserved and not written yet."""
-    if transfer.state not in RESERVING:
-        return 0
-    return sum(outstanding_of(volume, pool) for volume in transfer.volumes)
 
 
 def outstanding_of(volume: model.TransferVolume, pool: storagepool.Pool) -> int:

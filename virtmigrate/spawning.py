@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, reading, writing
+from virtmigrate import domainxml, errors, model, node, placement, reading, writing
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration.plan import NVRAM
@@ -40,6 +40,8 @@ class Wanted:
     """UEFI firmware on the host; with it, nvram_template."""
     nvram_template: Path | None = None
     interfaces: tuple[domainxml.Interface, ...] = ()
+    demand: placement.Demand = placement.ANY
+    """What its disks ask of the backend that they come to."""
     owner: str = "virtmigrate"
 
 
@@ -150,7 +152,8 @@ class _Volumes:
         self._wanted = wanted
         self._operation = operation
         self._undo = undo
-        self._backend: base.Backend = here.files
+        sizes = (self._root_size(), *wanted.ephemeral_sizes)
+        self._disks = placement.choose(here, wanted.demand, sum(sizes))
 
     def make(self) -> tuple[model.DiskRef, ...]:
         wanted = self._wanted
@@ -166,8 +169,8 @@ class _Volumes:
     # Private
 
     def _empty(self, target: str, size: int) -> model.DiskRef:
-        volume = self._allocate(target, Role.EPHEMERAL, size)
-        return self._publish(target, volume)
+        volume = self._allocate(self._disks, target, Role.EPHEMERAL, size)
+        return self._publish(self._disks, target, volume)
 
     def _filled(
         self, target: str, role: Role, source: Path, size: int = 0
@@ -182,12 +185,19 @@ class _Volumes:
                 reason=f"{source} has {length} bytes, and {target} only {size}",
             )
         # QEMU refuses a disk whose end is not aligned as direct I/O needs it.
-        volume = self._allocate(target, role, round_up(size or length, ALIGNMENT))
-        self._upload(volume, source, length)
-        return self._publish(target, volume)
+        backend = self._disks if role is Role.ROOT else self._here.files
+        size = round_up(size or length, ALIGNMENT)
+        volume = self._allocate(backend, target, role, size)
+        self._upload(backend, volume, source, length)
+        return self._publish(backend, target, volume)
 
-    def _allocate(self, target: str, role: Role, size: int) -> model.Volume:
-        pool, name = self._backend.incoming, f"{target}.{self._operation}"
+    def _root_size(self) -> int:
+        return self._wanted.root_size or self._wanted.image.stat().st_size
+
+    def _allocate(
+        self, backend: base.Backend, target: str, role: Role, size: int
+    ) -> model.Volume:
+        pool, name = backend.incoming, f"{target}.{self._operation}"
         volume = model.Volume(
             name=name,
             pool=pool.name,
@@ -200,14 +210,16 @@ class _Volumes:
             operation=self._operation,
             origin=self._here.name,
         )
-        self._undo.add(f"remove {name}", lambda: self._backend.remove(name))
+        self._undo.add(f"remove {name}", lambda: backend.remove(name))
         # What instances left that moved away goes before a new one is refused.
-        if self._backend.room() < size:
-            self._backend.reclaim(lambda _: self._backend.room() >= size)
-        return self._backend.allocate(volume)
+        if backend.room() < size:
+            backend.reclaim(lambda _: backend.room() >= size)
+        return backend.allocate(volume)
 
-    def _upload(self, volume: model.Volume, source: Path, length: int) -> None:
-        pool = self._backend.incoming
+    def _upload(
+        self, backend: base.Backend, volume: model.Volume, source: Path, length: int
+    ) -> None:
+        pool = backend.incoming
         target = writing.VolumeTarget(pool, volume.name, volume.size)
         with self._here.mover() as mover:
             sent = mover.copy(reading.FileSource(source, length), target)
@@ -220,10 +232,12 @@ class _Volumes:
                 expected=sent.root(),
             )
 
-    def _publish(self, target: str, volume: model.Volume) -> model.DiskRef:
-        pool, path = self._backend.accept(volume.name)
-        durable = self._backend.persist(pool, volume.name)
-        self._backend.update(
+    def _publish(
+        self, backend: base.Backend, target: str, volume: model.Volume
+    ) -> model.DiskRef:
+        pool, path = backend.accept(volume.name)
+        durable = backend.persist(pool, volume.name)
+        backend.update(
             msgspec.structs.replace(
                 volume, pool=pool, path=path, state=VolumeState.USABLE, durable=durable
             )
@@ -231,6 +245,6 @@ class _Volumes:
         return model.DiskRef(
             target=target,
             volume=volume.name,
-            backend=self._backend.name,
+            backend=backend.name,
             role=volume.role,
         )

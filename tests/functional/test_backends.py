@@ -240,7 +240,9 @@ def test_overlay_where_a_volume_is(backend: base.Backend) -> None:
 def test_overlay_without_the_capability(
     backend: base.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poor = base.Capabilities(formats=(DiskFormat.RAW,), overlays=False, files=True)
+    poor = base.Capabilities(
+        formats=(DiskFormat.RAW,), overlays=False, shared=False, files=True
+    )
     monkeypatch.setattr(backend, "capabilities", poor)
     with pytest.raises(errors.Unsupported, match=backend.name):
         backend.overlay(on_disks(backend, "top"), on_disks(backend, "bottom"))

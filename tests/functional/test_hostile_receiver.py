@@ -346,7 +346,6 @@ def test_proofs_do_not_wait_for_reuses(
             peer=place.here.name,
             state=model.TransferState.RESERVED,
             generation=0,
-            backend="local",
             volumes=(volume(f"vda.{operation}", size=len(TILE)),),
             created=time.time(),
         )

@@ -39,7 +39,6 @@ def transfer(uuid: str, state: TransferState, **changes: Any) -> model.Transfer:
         peer="beta",
         state=state,
         generation=1,
-        backend="local",
         volumes=(),
         created=time.time(),
     )
@@ -56,6 +55,7 @@ def post(node: Node, body: model.Transfer, name: str = OPERATION) -> None:
 def volume(**changes: Any) -> model.TransferVolume:
     made = model.TransferVolume(
         name=f"vda.{OPERATION}",
+        backend="local",
         source="x",
         target="vda",
         role=Role.ROOT,

@@ -173,6 +173,7 @@ def forged(world: World, **changes: Any) -> model.Transfer:
     evil = "00000000-0000-4000-8000-00000000000e"
     volume = model.TransferVolume(
         name=record.disks[0].volume,
+        backend="local",
         source="x",
         target="vda",
         role=model.Role.ROOT,
@@ -189,7 +190,6 @@ def forged(world: World, **changes: Any) -> model.Transfer:
         peer="beta",
         state=TransferState.TAKEN,
         generation=1,
-        backend="local",
         volumes=(volume,),
         created=time.time(),
         record=msgspec.structs.replace(record, uuid=evil, name="evil"),

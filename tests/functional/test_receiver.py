@@ -111,7 +111,6 @@ class Place:
             peer=self.here.name,
             state=state,
             generation=0,
-            backend="local",
             volumes=volumes or (volume(),),
             created=time.time(),
         )
@@ -205,6 +204,7 @@ def volume(
 ) -> model.TransferVolume:
     made = model.TransferVolume(
         name=name,
+        backend="local",
         source="vda.old",
         target="vda",
         role=Role.ROOT,
@@ -627,7 +627,7 @@ def test_cancel_is_heard(
         "hold": lambda: helps.hold(stored, lambda: cancel(0)),
         "reuse": lambda: helps.reuse(stored.volumes[0].name, 9, lambda: cancel(0)),
         "grow": lambda: helps.grow(stored.volumes[0].name, 1, 9, lambda: cancel(0)),
-        "reclaim": lambda: helps.reclaim(9, lambda: cancel(0)),
+        "reclaim": lambda: helps.reclaim("local", 9, lambda: cancel(0)),
     }
     began = time.monotonic()
     with pytest.raises(errors.Cancelled):
@@ -1137,7 +1137,12 @@ def test_import_into_itself(place: Place) -> None:
 
 
 def hold_of(found: manifest.Manifest) -> dict[str, Any]:
-    return {"root": found.root(), "format": DiskFormat.RAW, "size": found.size}
+    return {
+        "root": found.root(),
+        "format": DiskFormat.RAW,
+        "size": found.size,
+        "backend": "local",
+    }
 
 
 def test_hold_and_release(place: Place) -> None:
@@ -1303,14 +1308,14 @@ def test_reclaim(place: Place) -> None:
     place.keep("vda.4", TILE, state=VolumeState.USABLE)
     place.transfer()
     size = (place.root / "local/disks/vda.2").stat().st_blocks * 512
-    answer, _ = place.ask(Verb.RECLAIM, size=1)
+    answer, _ = place.ask(Verb.RECLAIM, backend="local", size=1)
     assert answer.size == size
 
     def left() -> list[str]:
         return sorted(path.name for path in (place.root / "local/disks").iterdir())
 
     assert left() == ["vda.1", "vda.3", "vda.4"]
-    answer, _ = place.ask(Verb.RECLAIM, size=TiB)
+    answer, _ = place.ask(Verb.RECLAIM, backend="local", size=TiB)
     assert answer.size == 2 * size and left() == ["vda.4"]
     records = sorted(p.name for p in (place.root / "local/records").iterdir())
     assert records == ["vda.4.manifest", "vda.4.rec.1"]
@@ -1330,7 +1335,7 @@ def test_retired_is_what_its_record_says_now(place: Place) -> None:
 def test_reclaim_no_more_than_the_transfer_needs(place: Place) -> None:
     place.keep("vda.1", TILE, owner="b")
     place.transfer(volume(size=0))
-    answer, _ = place.ask(Verb.RECLAIM, size=TiB)
+    answer, _ = place.ask(Verb.RECLAIM, backend="local", size=TiB)
     assert answer.size == 0
     assert place.local.volumes.find("vda.1") is not None
 

@@ -52,10 +52,10 @@ TRANSFER = model.Transfer(
     peer="beta",
     state=model.TransferState.GIVEN,
     generation=4,
-    backend="default",
     volumes=(
         model.TransferVolume(
             name="vda.op",
+            backend="default",
             source="vda.old",
             target="vda",
             role=model.Role.EPHEMERAL,
@@ -77,7 +77,15 @@ CARD = model.HostCard(
     manifests=(1,),
     tickets=(1, 2),
     backends=(
-        model.BackendCard(name="b", kind="k", disks="d", incoming="i", records="r"),
+        model.BackendCard(
+            name="b",
+            kind="k",
+            disks="d",
+            incoming="i",
+            records="r",
+            formats=(DiskFormat.RAW,),
+            files=True,
+        ),
     ),
 )
 ALL = [VOLUME, INSTANCE, TRANSFER, CARD]

@@ -94,6 +94,7 @@ def test_sealed_but_no_ticket(body: str) -> None:
 def volume(name: str, digest: model.Digest | None) -> model.TransferVolume:
     return model.TransferVolume(
         name=name,
+        backend="default",
         source=f"of-{name}",
         target="vda",
         role=model.Role.ROOT,
@@ -115,7 +116,6 @@ def test_of_a_transfer_names_what_was_sent() -> None:
         peer="beta",
         state=model.TransferState.GIVEN,
         generation=3,
-        backend="default",
         volumes=(volume("sent", digest), volume("shared", None)),
         created=time.time(),
     )

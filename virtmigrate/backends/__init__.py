@@ -46,4 +46,5 @@ def _settings(conf: cfg.ConfigOpts, name: str) -> base.Settings:
         reserved=group.reserved_mib * MiB,
         busy_timeout=conf[options.GROUP].busy_timeout,
         record_grace=conf[options.GROUP].record_grace,
+        traits=tuple(group.traits),
     )

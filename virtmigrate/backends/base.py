@@ -42,6 +42,8 @@ class Capabilities:
     """Formats that its volumes may have."""
     overlays: bool
     """A volume can be frozen below a new layer, and the layer dropped or merged."""
+    shared: bool
+    """Several hosts may have it."""
     files: bool
     """It can hold NVRAM, memory images and records of instances."""
 
@@ -56,6 +58,7 @@ class Settings:
     reserved: int
     busy_timeout: float
     record_grace: float
+    traits: tuple[str, ...] = ()
 
 
 class Reuse(enum.Enum):
@@ -127,6 +130,11 @@ class Backend(abc.ABC):
     def local_file(self, pool: storagepool.Pool, name: str) -> Path | None:
         """Return the volume's file if this process may read it directly."""
 
+    @property
+    def records(self) -> str:
+        """The name of the pool of the records; that of the disks, if they lie there."""
+        return self._records.name
+
     # Records
 
     def allocate(self, volume: model.Volume) -> model.Volume:
@@ -197,6 +205,10 @@ class Backend(abc.ABC):
     def layers(self, name: str) -> tuple[domainxml.Layer, ...]:
         """Return the chain of a volume as a domain names it."""
         return tuple(self.layer(volume) for volume in self.chain(name))
+
+    def storage(self) -> str:
+        """Return what tells the storage that this takes room from from all others."""
+        return f"{self.host.name}/{self.disks.name}"
 
     def room(self) -> int:
         """Return the bytes that may still be promised, before reservations."""

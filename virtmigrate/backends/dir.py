@@ -32,6 +32,7 @@ class DirBackend(base.Backend):
     capabilities = base.Capabilities(
         formats=(DiskFormat.RAW, DiskFormat.QCOW2),
         overlays=True,
+        shared=False,
         files=True,
     )
 
@@ -39,6 +40,12 @@ class DirBackend(base.Backend):
         for pool in (self.disks, self.incoming, self._records):
             directory = pool.name.rpartition("-")[2]
             pool.ensure_directory(f"{self.settings.path}/{directory}")
+
+    def storage(self) -> str:
+        # Two backends may be directories of one file system.
+        if self.disks.is_local():
+            return f"{self.host.name}/device {Path(self.disks.path).stat().st_dev}"
+        return super().storage()
 
     def layer(self, volume: model.Volume) -> domainxml.Layer:
         return domainxml.Layer(

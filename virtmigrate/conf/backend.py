@@ -44,4 +44,11 @@ backend_opts = [
         min=0,
         help="MiB of the backend's room that virtmigrate leaves free.",
     ),
+    cfg.ListOpt(
+        "traits",
+        default=[],
+        help="What this backend is, as words of your choice such as media=ssd. A "
+        "flavor asks for them by its extra spec virtmigrate:traits, or for a backend "
+        "by its name, by virtmigrate:backend.",
+    ),
 ]

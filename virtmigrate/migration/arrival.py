@@ -31,7 +31,6 @@ class Arrival:
         self._here = here
         self._stored = stored
         self._transfer = stored.body
-        self._backend: base.Backend = here.backend(stored.body.backend)
         self._demand_honest()
 
     def settle(self) -> None:
@@ -45,7 +44,8 @@ class Arrival:
         self._demand_still_ours()
         if any(volume.held for volume in self._transfer.volumes):
             # From here on the layers' records say that they stand on images.
-            self._backend.images.release(self._stored.name)
+            for backend in self._here.backends.values():
+                backend.images.release(self._stored.name)
         self._publish_settled(all(imported))
 
     def demand_whole(self) -> None:
@@ -54,20 +54,24 @@ class Arrival:
         Raises NotEntitled if the instance is here, and not by this move.
         """
         self.demand_free()
-        present = set(self._backend.incoming.names()) | set(self._backend.disks.names())
+        present: dict[str, set[str]] = {}
         for volume in self._transfer.volumes:
+            backend = self._backend(volume)
+            if backend.name not in present:
+                names = (*backend.incoming.names(), *backend.disks.names())
+                present[backend.name] = set(names)
             if volume.held:
                 self._image(volume)
             elif volume.shared:
                 self._demand_shared(volume)
-            elif volume.name not in present:
+            elif volume.name not in present[backend.name]:
                 raise errors.VolumeNotFound(
                     host=self._here.name,
-                    pool=self._backend.incoming.name,
+                    pool=backend.incoming.name,
                     volume=volume.name,
                 )
             elif self._recorded(volume) is None:
-                self._demand_self_contained(volume, self._backend.incoming.name)
+                self._demand_self_contained(volume, backend.incoming.name)
 
     def note(self) -> model.Instance:
         """Publish, once, that this host took the instance, before it acts on it."""
@@ -110,11 +114,12 @@ class Arrival:
         """Remove what this transfer brought, imported or not."""
         for volume in self._transfer.volumes:
             if not volume.shared and not volume.held:
+                backend = self._backend(volume)
                 if self._recorded(volume) is not None:
                     # It may be moved already, and its record not say so yet.
-                    self._backend.disks.delete(volume.name)
-                self._backend.remove(volume.name)
-                self._backend.incoming.delete(volume.name)
+                    backend.disks.delete(volume.name)
+                backend.remove(volume.name)
+                backend.incoming.delete(volume.name)
 
     def merge(self) -> bool:
         """Merge layers over shared disks; False when that has to wait.
@@ -134,6 +139,9 @@ class Arrival:
 
     # Private
 
+    def _backend(self, volume: model.TransferVolume) -> base.Backend:
+        return self._here.backend(volume.backend)
+
     def _demand_honest(self) -> None:
         """Refuse a record that names what is not its own: a peer wrote it."""
         ending = f".{self._transfer.operation}"
@@ -152,14 +160,14 @@ class Arrival:
         """Refuse an instance that is another, or has disks that were not sent."""
         if wanted.uuid != self._transfer.instance:
             raise self._dishonest(f"it holds the record of instance {wanted.uuid}")
-        sent = {volume.name for volume in self._transfer.volumes if not volume.held}
+        sent = {(v.name, v.backend) for v in self._transfer.volumes if not v.held}
         for ref in wanted.disks:
-            if ref.volume not in sent or ref.backend != self._transfer.backend:
+            if (ref.volume, ref.backend) not in sent:
                 raise self._dishonest(f"disk {ref.target} is not of this operation")
 
     def _image(self, volume: model.TransferVolume) -> model.Volume:
         """Return the record of an image that a disk stands on here."""
-        found = self._backend.volumes.read(volume.name).body
+        found = self._backend(volume).volumes.read(volume.name).body
         said = (volume.format, volume.size, volume.digest, None)
         same = (found.format, found.size, found.digest, found.backing) == said
         if not same or not keeping.is_image(found):
@@ -168,10 +176,11 @@ class Arrival:
 
     def _demand_shared(self, volume: model.TransferVolume) -> None:
         """Refuse a volume that both hosts see, and that is not the instance's."""
-        found = self._backend.volumes.read(volume.name).body
+        volumes = self._backend(volume).volumes
+        found = volumes.read(volume.name).body
         honest = self._is_own(found) and found.backing == volume.backing
         if volume.backing is not None:
-            below = self._backend.volumes.read(volume.backing).body
+            below = volumes.read(volume.backing).body
             frozen = below.state is VolumeState.FROZEN
             honest = honest and frozen and self._is_own(below)
         if not honest:
@@ -179,7 +188,7 @@ class Arrival:
 
     def _recorded(self, volume: model.TransferVolume) -> model.Volume | None:
         """Return the record of a volume of ours; RecordBroken if it is another's."""
-        found = self._backend.volumes.find(volume.name)
+        found = self._backend(volume).volumes.find(volume.name)
         if found is None:
             return None
         owner = (found.body.owner, found.body.operation)
@@ -229,38 +238,33 @@ class Arrival:
         if volume.shared:
             self._demand_shared(volume)
             return True
-        found = self._recorded(volume)
+        backend, found = self._backend(volume), self._recorded(volume)
         if found is not None and found.durable:
             return True
         if found is None:
-            self._backend.volumes.publish(volume.name, self._record(volume))
+            backend.volumes.publish(volume.name, self._record(volume))
         elif found.state is VolumeState.USABLE:
-            return self._make_durable(found)
-        pool, path = self._backend.accept(volume.name)
+            return _make_durable(backend, found)
+        pool, path = backend.accept(volume.name)
         # The source could write to it until here.
         self._demand_self_contained(volume, pool)
         proven = msgspec.structs.replace(
             self._record(volume), pool=pool, path=path, state=VolumeState.USABLE
         )
-        return self._make_durable(proven)
+        return _make_durable(backend, proven)
 
     def _demand_self_contained(self, volume: model.TransferVolume, pool: str) -> None:
         """Refuse a qcow2 volume whose data would lie in a file that it names."""
         if volume.format is not DiskFormat.QCOW2:
             return
-        place, doing = self._backend.pool(pool), f"looking at {volume.name}"
+        place, doing = self._backend(volume).pool(pool), f"looking at {volume.name}"
         with place.opened(volume.name, doing) as (session, vol):
             objection = qcow2.objection(wire.download(session, vol, qcow2.HEADER))
         if objection:
             raise self._dishonest(f"volume {volume.name} {objection}")
 
-    def _make_durable(self, volume: model.Volume) -> bool:
-        durable = self._backend.persist(volume.pool, volume.name)
-        self._backend.update(msgspec.structs.replace(volume, durable=durable))
-        return durable
-
     def _record(self, volume: model.TransferVolume) -> model.Volume:
-        pool = self._backend.incoming
+        pool = self._backend(volume).incoming
         return model.Volume(
             name=volume.name,
             pool=pool.name,
@@ -281,7 +285,10 @@ class Arrival:
         xml = domainxml.without_runtime(str(wanted.domain_xml))
         xml = domainxml.with_emulator(xml, None)
         found = [*domainxml.obstacles(xml)]
-        refs = {ref.target: self._backend.layers(ref.volume) for ref in wanted.disks}
+        refs = {
+            ref.target: self._here.backend(ref.backend).layers(ref.volume)
+            for ref in wanted.disks
+        }
         named = {disk.target for disk in domainxml.disks(xml) if disk.chain}
         if found or named != set(refs) - {plan.NVRAM}:
             raise self._dishonest(f"its domain has disks {sorted(named)}; {found}")
@@ -330,11 +337,11 @@ class Arrival:
 
         False when QEMU is not through with it yet: it is looked at again later.
         """
-        stored = self._here.entitled(uuid)
+        stored, backend = self._here.entitled(uuid), self._backend(volume)
         top = self._recorded(volume)
         if top is None or top.backing is None:
             return True
-        base_record = self._backend.volumes.read(top.backing).body
+        base_record = backend.volumes.read(top.backing).body
         self._demand_mergeable(top, base_record, self._disk(stored, volume))
         disks = tuple(
             msgspec.structs.replace(ref, volume=base_record.name)
@@ -342,7 +349,7 @@ class Arrival:
             else ref
             for ref in stored.disks
         )
-        below = self._backend.path(base_record)
+        below = backend.path(base_record)
         if not self._here.domains.commit_layer(uuid, volume.target, below):
             return False
         # In this order: until the layer is gone, its base is frozen or the disk.
@@ -350,8 +357,8 @@ class Arrival:
         merged = msgspec.structs.replace(
             base_record, size=volume.size, state=VolumeState.USABLE, digest=None
         )
-        self._backend.update(merged)
-        self._backend.remove(volume.name)
+        backend.update(merged)
+        backend.remove(volume.name)
         return True
 
     def _disk(self, noted: model.Instance, volume: model.TransferVolume) -> str:
@@ -378,6 +385,12 @@ class Arrival:
             volume.owner == self._transfer.instance
             and volume.role is not model.Role.IMAGE
         )
+
+
+def _make_durable(backend: base.Backend, volume: model.Volume) -> bool:
+    durable = backend.persist(volume.pool, volume.name)
+    backend.update(msgspec.structs.replace(volume, durable=durable))
+    return durable
 
 
 def _raw(volume: model.TransferVolume) -> bool:

@@ -23,6 +23,7 @@ from virtmigrate import (
     reading,
     stream,
 )
+from virtmigrate.backends import base
 from virtmigrate.journal import Journal
 from virtmigrate.migration import facts
 from virtmigrate.model import Proof, Role
@@ -46,9 +47,8 @@ class Cargo:
         self._journal = journal
         self._there = there
         self._progress = progress
-        self._card = facts.card(journal)
-        original = facts.original(journal)
-        self._backend = here.backend(original.disks[0].backend)
+        self._cards = facts.cards(journal)
+        self._original = facts.original(journal)
         self._proof = Proof(here.options.verify)
         self._account = account.Account()
         self._known: dict[str, known.Known] = {}
@@ -69,14 +69,16 @@ class Cargo:
         """Reserve room and make the incoming volumes, while the guest still runs."""
         self._progress.phase("preparing")
         self._journal.done("reserving")
-        planned = {volume.name for volume in self._volumes()}
+        planned = self._volumes()
         self.transfer = self._there.reserve(
-            self.transfer, self._card, self._progress.check
+            self.transfer, self._cards, self._progress.check
         )
         self._journal.done("preparing")
         # What an earlier attempt sent of images that are held there now.
         sent = {volume.name for volume in self._volumes()}
-        self._there.remove(self._card, planned - sent)
+        for volume in planned:
+            if volume.name not in sent:
+                self._there.remove(self._card(volume), volume.name)
         for volume in self._volumes():
             self._prepare(volume)
 
@@ -88,7 +90,7 @@ class Cargo:
                 source = self._live(volume)
                 if source is not None:
                     self._progress.phase(f"sending {volume.target} ahead", source.size)
-                    target = self._there.target(self._card, volume)
+                    target = self._there.target(self._card(volume), volume)
                     mover.copy(source, target, self._known[volume.name])
 
     def send(self) -> tuple[model.TransferVolume, ...]:
@@ -111,11 +113,19 @@ class Cargo:
         """Return what has to be sent."""
         return [v for v in self.transfer.volumes if not v.shared and not v.held]
 
+    def _card(self, volume: model.TransferVolume) -> model.BackendCard:
+        return self._cards[volume.backend]
+
+    def _ours(self, volume: model.TransferVolume) -> tuple[base.Backend, model.Volume]:
+        """Return where a volume lies here, and its record."""
+        backend = facts.source_of(self._here, self._original, volume)
+        return backend, backend.volumes.read(volume.source).body
+
     def _prepare(self, volume: model.TransferVolume) -> None:
         kept = self._journal.beside(volume.name)
         self._known[volume.name] = self._there.prepare(
             self.transfer.operation,
-            self._card,
+            self._card(volume),
             volume,
             kept,
             self._progress.check,
@@ -140,8 +150,8 @@ class Cargo:
         return msgspec.structs.replace(volume, length=length)
 
     def _length(self, volume: model.TransferVolume) -> int:
-        ours = self._backend.volumes.read(volume.source).body
-        return self._backend.pool(ours.pool).physical(ours.name)
+        backend, ours = self._ours(volume)
+        return backend.pool(ours.pool).physical(ours.name)
 
     def _send(
         self, volume: model.TransferVolume, mover: stream.Mover
@@ -150,7 +160,8 @@ class Cargo:
 
         What arrived otherwise than it was sent is sent again, ROUNDS times at most.
         """
-        source, target = self._source(volume), self._there.target(self._card, volume)
+        card = self._card(volume)
+        source, target = self._source(volume), self._there.target(card, volume)
         holds = self._known[volume.name]
         for _ in range(ROUNDS):
             self._progress.phase(f"copying {volume.target}", target.size)
@@ -191,7 +202,7 @@ class Cargo:
             return []
         self._progress.phase(f"verifying {volume.target}", ours.size)
         theirs = self._there.verify(
-            self._journal.operation, self._card, volume, mover, self._proof
+            self._journal.operation, self._card(volume), volume, mover, self._proof
         )
         if self._proof is Proof.SAMPLED:
             return [i for i in theirs.unlike(ours) if theirs[i] != manifest.UNKNOWN]
@@ -200,16 +211,16 @@ class Cargo:
     def _keep(self, volume: model.TransferVolume, ours: manifest.Manifest) -> None:
         """Keep what the source's bytes are, for the day when it is retired."""
         if self._here.options.keep_retired:
-            found = self._backend.volumes.read(volume.source).body
+            backend, found = self._ours(volume)
             digest = ours.digest()
-            self._backend.update(msgspec.structs.replace(found, digest=digest))
-            self._backend.keep_manifest(volume.source, ours)
+            backend.update(msgspec.structs.replace(found, digest=digest))
+            backend.keep_manifest(volume.source, ours)
 
     def _source(self, volume: model.TransferVolume) -> reading.Source:
-        ours = self._backend.volumes.read(volume.source).body
-        pool = self._backend.pool(ours.pool)
+        backend, ours = self._ours(volume)
+        pool = backend.pool(ours.pool)
         length = self._length(volume)
-        path = self._backend.local_file(pool, ours.name)
+        path = backend.local_file(pool, ours.name)
         if path is not None:
             return reading.FileSource(path, length)
         LOG.info(
@@ -226,6 +237,6 @@ class Cargo:
         if too_long or volume.role in (Role.NVRAM, Role.CONFIG):
             # Long blocks are read twice, and must be the same both times.
             return None
-        ours = self._backend.volumes.read(volume.source).body
-        path = self._backend.local_file(self._backend.pool(ours.pool), ours.name)
+        backend, ours = self._ours(volume)
+        path = backend.local_file(backend.pool(ours.pool), ours.name)
         return live.LiveSource(path, volume.length) if path else None

@@ -28,7 +28,6 @@ class Departure:
         self._progress = progress
         self._original = facts.original(journal)
         self._transfer = facts.transfer(journal)
-        self._card = facts.card(journal)
 
     def run(self, timeout: float, retry_interval: float) -> str:
         LOG.info(
@@ -115,17 +114,16 @@ class Departure:
 
     def _keep_memory(self, uuid: str) -> None:
         """Keep a paused guest's memory: should the move fail, it is paused again."""
-        backend = self._backend()
         volume = facts.memory_volume(self._original, self.journal.operation, self._here)
-        backend.volumes.publish(volume.name, volume)
+        self._here.files.volumes.publish(volume.name, volume)
         self._here.domains.save_to(uuid, volume.path)
 
     def _freeze(self) -> None:
         shared = [v for v in self._transfer.volumes if v.shared and v.backing]
         if shared:
             self.journal.done("freezing")
-        backend = self._backend()
         for volume in shared:
+            backend = self._backend(volume)
             below = backend.volumes.read(volume.source).body
             backend.update(msgspec.structs.replace(below, state=VolumeState.FROZEN))
             layer = facts.overlay_volume(volume, below, self._transfer, self._here.name)
@@ -178,16 +176,16 @@ class Departure:
     def _at_peer(self) -> model.Instance:
         """Return the instance as it is to be at the peer."""
         begun = facts.facts(self.journal, "begun")
-        by_source = {v.source: v.name for v in self._transfer.volumes}
-        disks = tuple(
-            msgspec.structs.replace(
-                ref, volume=by_source[ref.volume], backend=self._card.name
+        tops = {(v.target, v.source): v for v in self._transfer.volumes}
+        disks = []
+        for ref in self._original.disks:
+            top = tops[ref.target, ref.volume]
+            disks.append(
+                msgspec.structs.replace(ref, volume=top.name, backend=top.backend)
             )
-            for ref in self._original.disks
-        )
         return msgspec.structs.replace(
             self._original,
-            disks=disks,
+            disks=tuple(disks),
             memory=int(begun["memory"]),
             vcpus=int(begun["vcpus"]),
             operation=self.journal.operation,
@@ -245,8 +243,9 @@ class Departure:
         """Remove or retire the volumes that the move left here, those of this
         instance only."""
         facts.drop_memory(self._here, self.journal)
-        backend, roots = self._backend(), facts.roots(self.journal)
+        roots = facts.roots(self.journal)
         for sent in self._transfer.volumes:
+            backend = self._backend(sent)
             found = None if sent.shared else backend.volumes.find(sent.source)
             if found is not None and found.body.owner == self._original.uuid:
                 self._remove_or_retire(backend, found.body, roots.get(sent.name))
@@ -274,5 +273,5 @@ class Departure:
         else:
             backend.remove(volume.name)
 
-    def _backend(self) -> base.Backend:
-        return self._here.backend(self._original.disks[0].backend)
+    def _backend(self, volume: model.TransferVolume) -> base.Backend:
+        return facts.source_of(self._here, self._original, volume)

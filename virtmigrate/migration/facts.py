@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from virtmigrate import errors, model, node
+from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.journal import Journal
 from virtmigrate.model import Role, VolumeState
@@ -30,9 +31,25 @@ def transfer(journal: Journal) -> model.Transfer:
     return msgspec.json.decode(text, type=model.Transfer)
 
 
-def card(journal: Journal) -> model.BackendCard:
-    text = str(facts(journal, "begun")["card"])
-    return msgspec.json.decode(text, type=model.BackendCard)
+def cards(journal: Journal) -> dict[str, model.BackendCard]:
+    """Return the peer's backends that the volumes come to, by name."""
+    text = str(facts(journal, "begun")["cards"])
+    return msgspec.json.decode(text, type=dict[str, model.BackendCard])
+
+
+def source_of(
+    here: node.Node, original: model.Instance, volume: model.TransferVolume
+) -> base.Backend:
+    """Return the backend of this host in which a sent volume lies."""
+    for ref in original.disks:
+        if ref.target == volume.target:
+            return here.backend(ref.backend)
+    raise errors.RecordBroken(
+        host=here.name,
+        pool="instances",
+        record=original.uuid,
+        reason=f"it has no disk {volume.target}",
+    )
 
 
 def roots(journal: Journal) -> dict[str, str]:
@@ -47,7 +64,7 @@ def memory_name(operation: str) -> str:
 def memory_volume(
     original: model.Instance, operation: str, here: node.Node
 ) -> model.Volume:
-    pool = here.backend(original.disks[0].backend).disks
+    pool = here.files.disks
     name = memory_name(operation)
     return model.Volume(
         name=name,
@@ -64,8 +81,7 @@ def memory_volume(
 
 
 def drop_memory(here: node.Node, journal: Journal) -> None:
-    backend = here.backend(original(journal).disks[0].backend)
-    backend.remove(memory_name(journal.operation))
+    here.files.remove(memory_name(journal.operation))
 
 
 def overlay_volume(

@@ -8,7 +8,6 @@ off: sending its disks ahead may have taken hours, and others can use its domain
 import msgspec
 
 from virtmigrate import domainxml, errors, model, node
-from virtmigrate.backends import base
 from virtmigrate.instance import Power
 
 MOVABLE = (Power.RUNNING, Power.PAUSED, Power.OFF)
@@ -44,28 +43,24 @@ def inspect(here: node.Node, record: model.Instance) -> model.Instance:
 
 def demand_recorded(here: node.Node, record: model.Instance, xml: str) -> None:
     """See that a domain uses what the records say, all of it, and no more."""
-    backend = backend_of(here, record)
     recorded = {ref.target: ref for ref in record.disks}
     for disk in domainxml.disks(xml):
         if disk.chain:
             ref = recorded.pop(disk.target, None)
             if ref is None:
                 raise _refused(record.uuid, f"disk {disk.target} has no record")
-            _demand_same(record.uuid, disk, backend.layers(ref.volume)[0])
-    _demand_nvram(record.uuid, recorded.pop(NVRAM, None), backend, xml)
+            _demand_same(record.uuid, disk, _top(here, ref))
+    nvram = recorded.pop(NVRAM, None)
+    _demand_nvram(record.uuid, _top(here, nvram) if nvram else None, xml)
     if recorded:
         raise _refused(record.uuid, f"the domain has no disk {', '.join(recorded)}")
 
 
-def backend_of(here: node.Node, record: model.Instance) -> base.Backend:
-    """Return the backend of all disks of an instance."""
-    names = {ref.backend for ref in record.disks}
-    if len(names) != 1:
-        raise _refused(record.uuid, f"its disks lie in {len(names)} backends")
-    return here.backend(names.pop())
-
-
 # Private
+
+
+def _top(here: node.Node, ref: model.DiskRef) -> domainxml.Layer:
+    return here.backend(ref.backend).layers(ref.volume)[0]
 
 
 def _demand_same(uuid: str, disk: domainxml.FoundDisk, top: domainxml.Layer) -> None:
@@ -78,12 +73,10 @@ def _demand_same(uuid: str, disk: domainxml.FoundDisk, top: domainxml.Layer) -> 
         )
 
 
-def _demand_nvram(
-    uuid: str, ref: model.DiskRef | None, backend: base.Backend, xml: str
-) -> None:
+def _demand_nvram(uuid: str, layer: domainxml.Layer | None, xml: str) -> None:
     firmware = domainxml.firmware(xml)
     path = firmware.nvram if firmware else None
-    recorded = backend.layers(ref.volume)[0].source if ref else None
+    recorded = layer.source if layer else None
     if path != recorded:
         raise _refused(uuid, f"its NVRAM is {path}, and its record says {recorded}")
 

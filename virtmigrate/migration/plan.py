@@ -11,9 +11,10 @@ import msgspec
 from virtmigrate import domainxml, errors, model, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
-from virtmigrate.migration import inspection
+from virtmigrate.migration import inspection, landing
 from virtmigrate.model import InstanceState, Proof, Role, TransferState
 from virtmigrate.peer import Peer
+from virtmigrate.placement import ANY, Demand
 from virtmigrate.reservation import sent_size
 
 NVRAM = inspection.NVRAM
@@ -31,6 +32,8 @@ class Request:
     vcpus: int | None = None
     sizes: dict[Role, int] = dataclasses.field(default_factory=dict)
     """New sizes in bytes of the disks of a role; disks never shrink."""
+    demand: Demand = ANY
+    """What the disks ask of the peer's backend."""
     timeout: float = 60.0
     retry_interval: float = 10.0
     """Seconds, for the guest to shut down."""
@@ -43,10 +46,8 @@ class Plan:
     original: model.Instance
     """Its record with all that is needed to put it back."""
     transfer: model.Transfer
-    card: model.BackendCard
-    """The peer's backend."""
-    backend: base.Backend
-    """Ours."""
+    cards: dict[str, model.BackendCard]
+    """The peer's backends that the volumes come to, by name."""
 
 
 def make(
@@ -87,11 +88,13 @@ class _Planner:
         if record.state is InstanceState.ARRIVED:
             raise self._refuse("the move that brought it is neither confirmed nor lost")
         original = inspection.inspect(self._here, record)
-        backend = inspection.backend_of(self._here, record)
         card = self._check_peer(record, str(original.domain_xml))
-        landing = self._landing(record, backend, card)
-        transfer = self._transfer(record, backend, *landing)
-        return Plan(original, transfer, landing[0], backend)
+        landings = landing.choose(
+            self._here, self._there, record, card, self._request.demand
+        )
+        transfer = self._transfer(record, landings)
+        cards = {each.card.name: each.card for each in landings.values()}
+        return Plan(original, transfer, cards)
 
     def _refuse(self, reason: str) -> errors.MigrationRefused:
         return errors.MigrationRefused(instance=self._request.instance, reason=reason)
@@ -126,57 +129,19 @@ class _Planner:
         )
         return card
 
-    def _landing(
-        self, record: model.Instance, backend: base.Backend, card: model.HostCard
-    ) -> tuple[model.BackendCard, bool]:
-        """Return the peer's backend for the disks, and whether it is this one.
-
-        A volume with a name that only we know, made here, is looked for there:
-        paths, names and ids prove nothing.
-        """
-        records = backend.volumes.pool
-        with backend.disks.nonce() as nonce, records.nonce() as note:
-            for each in card.backends:
-                seen = self._there.sees(each.disks, nonce)
-                if seen != self._there.sees(each.records, note):
-                    raise self._refuse(
-                        f"backend {each.name} of {card.host} shares "
-                        f"{'disks' if seen else 'records'} with {backend.name}, and "
-                        "not both"
-                    )
-                if seen:
-                    return each, self._all_in(backend, record)
-        ranked = sorted(card.backends, key=lambda each: each.name != backend.name)
-        if not ranked:
-            raise self._refuse(f"host {card.host} has no backend")
-        return ranked[0], False
-
-    def _all_in(self, backend: base.Backend, record: model.Instance) -> bool:
-        """Tell whether all volumes lie in the pool that was proven.
-
-        Others, adopted ones, are copied: that is right wherever they lie.
-        """
-        chains = [
-            backend.chain(ref.volume) for ref in record.disks if ref.target != NVRAM
-        ]
-        return all(v.pool == backend.disks.name for chain in chains for v in chain)
-
     # What will be sent
 
     def _transfer(
-        self,
-        record: model.Instance,
-        backend: base.Backend,
-        card: model.BackendCard,
-        shared: bool,
+        self, record: model.Instance, landings: dict[str, landing.Landing]
     ) -> model.Transfer:
         volumes: dict[str, model.TransferVolume] = {}
         for ref in record.disks:
-            if shared and ref.target != NVRAM:
-                volume = self._shared(ref, backend)
+            backend, there = self._here.backend(ref.backend), landings[ref.target]
+            if there.shared:
+                volume = self._shared(ref, backend, there.card)
                 volumes[volume.source] = volume
             else:
-                self._add_chain(ref, backend, volumes)
+                self._add_chain(ref, backend, there.card, volumes)
         self._check_growth(volumes)
         return model.Transfer(
             operation=self._operation,
@@ -186,7 +151,6 @@ class _Planner:
             peer=self._request.dest,
             state=TransferState.RESERVED,
             generation=0,
-            backend=card.name,
             volumes=tuple(volumes.values()),
             created=time.time(),
         )
@@ -195,6 +159,7 @@ class _Planner:
         self,
         ref: model.DiskRef,
         backend: base.Backend,
+        card: model.BackendCard,
         volumes: dict[str, model.TransferVolume],
     ) -> None:
         """Add a disk's layers from the lowest up; one that disks share goes once."""
@@ -205,7 +170,7 @@ class _Planner:
                 suffix = f"-{level}" if level else ""
                 name = f"{ref.target}{suffix}.{self._operation}"
                 sent = self._sent(ref, backend, volume, name, backing)
-                volumes[volume.name] = sent
+                volumes[volume.name] = msgspec.structs.replace(sent, backend=card.name)
             backing = volumes[volume.name].name
 
     def _sent(
@@ -228,6 +193,7 @@ class _Planner:
         below = Role.IMAGE if is_image else Role.LAYER
         sent = model.TransferVolume(
             name=name,
+            backend="",
             source=volume.name,
             target=ref.target,
             role=ref.role if top else below,
@@ -243,7 +209,7 @@ class _Planner:
         return msgspec.structs.replace(sent, room=max(size, sent_size(sent)))
 
     def _shared(
-        self, ref: model.DiskRef, backend: base.Backend
+        self, ref: model.DiskRef, backend: base.Backend, card: model.BackendCard
     ) -> model.TransferVolume:
         """Plan a layer over a disk that both hosts see: below it nothing changes."""
         top = backend.chain(ref.volume)[0]
@@ -255,6 +221,7 @@ class _Planner:
             )
         return model.TransferVolume(
             name=f"{ref.target}.{self._operation}" if frozen else top.name,
+            backend=card.name,
             source=top.name,
             target=ref.target,
             role=ref.role,

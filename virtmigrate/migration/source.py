@@ -181,12 +181,15 @@ class Source:
     @staticmethod
     def _drop_stale(parked: Journal, planned: plan.Plan, there: Peer) -> None:
         """Remove what the first attempt sent and the second one does not need."""
-        card = facts.card(parked)
-        needed = {volume.name for volume in planned.transfer.volumes}
-        if card.incoming != planned.card.incoming:
-            needed = set()
-        sent = {v.name for v in facts.transfer(parked).volumes if not v.shared}
-        there.remove(card, sent - needed)
+        cards = facts.cards(parked)
+        needed = {
+            (v.name, planned.cards[v.backend].incoming)
+            for v in planned.transfer.volumes
+        }
+        for volume in facts.transfer(parked).volumes:
+            card = cards[volume.backend]
+            if not volume.shared and (volume.name, card.incoming) not in needed:
+                there.remove(card, volume.name)
 
     def _parked(self, request: plan.Request, there: Peer) -> Journal | None:
         """Return the journal of a failed move whose copies can be gone on with."""
@@ -283,7 +286,7 @@ class Source:
             "request": request.request,
             "original": msgspec.json.encode(planned.original).decode(),
             "transfer": msgspec.json.encode(planned.transfer).decode(),
-            "card": msgspec.json.encode(planned.card).decode(),
+            "cards": msgspec.json.encode(planned.cards).decode(),
             "memory": request.memory or planned.original.memory,
             "vcpus": request.vcpus or planned.original.vcpus,
             # What an earlier attempt left at the peer is there already.

@@ -171,8 +171,8 @@ class Undo:
             self._power(uuid)
 
     def _power(self, uuid: str) -> None:
-        backend = self._here.backend(self._original.disks[0].backend)
-        memory = backend.volumes.find(facts.memory_name(self._journal.operation))
+        files = self._here.files
+        memory = files.volumes.find(facts.memory_name(self._journal.operation))
         off = self._here.domains.power(uuid) is Power.OFF
         if self._original.power == Power.PAUSED.value and off and memory:
             self._here.domains.restore_from(memory.body.path)
@@ -183,9 +183,9 @@ class Undo:
         """Remove the layers that this move put over shared disks."""
         if not self._journal.has("freezing"):
             return
-        backend = self._here.backend(self._original.disks[0].backend)
         for volume in self._transfer.volumes:
             if volume.shared and volume.backing:
+                backend = facts.source_of(self._here, self._original, volume)
                 backend.remove(volume.name)
                 below = backend.volumes.read(volume.source).body
                 if below.state is VolumeState.FROZEN:
@@ -202,7 +202,7 @@ class Undo:
                 there = self._connect(self._journal)
                 if any(v.role is model.Role.IMAGE for v in self._transfer.volumes):
                     there.release(self._journal.operation)
-                there.remove_volumes(self._transfer, facts.card(self._journal))
+                there.remove_volumes(self._transfer, facts.cards(self._journal))
                 there.forget(self._journal.operation)
             except errors.Error as e:
                 LOG.warning(

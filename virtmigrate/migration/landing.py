@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where at the peer each disk of an instance comes to, and whether it is there
+already."""
+
+import contextlib
+from dataclasses import dataclass
+
+from virtmigrate import errors, model, node
+from virtmigrate.backends import base
+from virtmigrate.migration.inspection import NVRAM
+from virtmigrate.model import Role
+from virtmigrate.peer import Peer
+from virtmigrate.placement import ANY, Demand
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A backend of the peer for one disk."""
+
+    card: model.BackendCard
+    shared: bool
+    """Both hosts see it: nothing is copied."""
+
+
+def choose(
+    here: node.Node,
+    there: Peer,
+    record: model.Instance,
+    card: model.HostCard,
+    wanted: Demand = ANY,
+) -> dict[str, Landing]:
+    """Return where the disks of an instance come to, by their targets.
+
+    Arguments:
+        card: the peer's.
+        wanted: what its disks ask of the peer's backend.
+
+    Raises MigrationRefused.
+    """
+    chooser = _Chooser(here, there, record, card, wanted)
+    return {ref.target: chooser.landing(ref) for ref in record.disks}
+
+
+# Private
+
+
+class _Chooser:
+    def __init__(
+        self,
+        here: node.Node,
+        there: Peer,
+        record: model.Instance,
+        card: model.HostCard,
+        wanted: Demand,
+    ) -> None:
+        self._here = here
+        self._there = there
+        self._record = record
+        self._card = card
+        self._wanted = wanted
+        self._seen: dict[str, model.BackendCard | None] = {}
+
+    def landing(self, ref: model.DiskRef) -> Landing:
+        backend = self._here.backend(ref.backend)
+        seen = self._seen_there(backend)
+        # NVRAM is written by both hosts' QEMU, and kept as it was by being copied.
+        if (
+            seen is not None
+            and ref.target != NVRAM
+            and self._lies_in(ref, backend)
+            and (_is_file(ref) or self._wanted.fits(seen.name, seen.traits))
+        ):
+            return Landing(seen, shared=True)
+        return Landing(self._copied(ref, backend), shared=False)
+
+    # Private
+
+    def _refuse(self, reason: str) -> errors.MigrationRefused:
+        return errors.MigrationRefused(instance=self._record.uuid, reason=reason)
+
+    def _seen_there(self, backend: base.Backend) -> model.BackendCard | None:
+        """Return the peer's backend that is this one.
+
+        A volume with a name that only we know, made here, is looked for there:
+        paths, names and ids prove nothing.
+        """
+        if backend.name not in self._seen:
+            self._seen[backend.name] = self._look(backend)
+        return self._seen[backend.name]
+
+    def _look(self, backend: base.Backend) -> model.BackendCard | None:
+        with backend.disks.nonce() as nonce, _noted(backend) as note:
+            for each in self._card.backends:
+                seen = self._there.sees(each.disks, nonce)
+                if note and seen != self._there.sees(each.records, note):
+                    raise self._refuse(
+                        f"backend {each.name} of {self._card.host} shares "
+                        f"{'disks' if seen else 'records'} with {backend.name}, and "
+                        "not both"
+                    )
+                if seen:
+                    return each
+        return None
+
+    @staticmethod
+    def _lies_in(ref: model.DiskRef, backend: base.Backend) -> bool:
+        """Tell whether all of a disk lies in the pool that was proven.
+
+        What does not, adopted volumes, is copied: that is right wherever they lie.
+        """
+        return all(v.pool == backend.disks.name for v in backend.chain(ref.volume))
+
+    def _copied(self, ref: model.DiskRef, backend: base.Backend) -> model.BackendCard:
+        """Return the first of the peer's backends that can hold the disk.
+
+        The one that was asked for; one of this name; one of this kind; any. Files
+        go where files are kept.
+        """
+        formats = {volume.format for volume in backend.chain(ref.volume)}
+        fitting = [
+            each
+            for each in self._card.backends
+            if formats <= set(each.formats)
+            and (each.files if _is_file(ref) else self._fits(each))
+        ]
+        if not fitting:
+            wanted = ANY if _is_file(ref) else self._wanted
+            raise self._refuse(
+                f"host {self._card.host} has no {wanted} for disk {ref.target} "
+                f"({', '.join(sorted(f.value for f in formats))})"
+            )
+        return min(fitting, key=lambda each: self._distance(each, backend))
+
+    def _fits(self, card: model.BackendCard) -> bool:
+        return self._wanted.fits(card.name, card.traits)
+
+    @staticmethod
+    def _distance(card: model.BackendCard, backend: base.Backend) -> tuple[bool, bool]:
+        return card.name != backend.name, card.kind != backend.kind
+
+
+def _is_file(ref: model.DiskRef) -> bool:
+    return ref.role in (Role.NVRAM, Role.CONFIG)
+
+
+def _noted(backend: base.Backend) -> contextlib.AbstractContextManager[str]:
+    """Prove the records likewise, where they lie apart from the disks."""
+    if backend.records == backend.disks.name:
+        return contextlib.nullcontext("")
+    return backend.volumes.pool.nonce()
