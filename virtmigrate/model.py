@@ -182,12 +182,14 @@ class TransferVolume(Struct, frozen=True):
     size: int
     """Virtual size after the move."""
     length: int
-    """Bytes of the file or device that are sent."""
+    """Bytes of the file or device that are sent; of a shared disk, its size before."""
     room: int
     """Bytes that are reserved for it."""
     backing: str | None = None
     shared: bool = False
     """Both hosts see it: nothing is sent, and neither deletes it for the other."""
+    kept: bool = False
+    """Shared, and its backend keeps its state at the stop until the confirm."""
     held: bool = False
     """The peer has it in its image cache, by this name: nothing is sent."""
     grow: bool = False

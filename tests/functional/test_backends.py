@@ -241,7 +241,11 @@ def test_overlay_without_the_capability(
     backend: base.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poor = base.Capabilities(
-        formats=(DiskFormat.RAW,), overlays=False, shared=False, files=True
+        formats=(DiskFormat.RAW,),
+        overlays=False,
+        snapshots=False,
+        shared=False,
+        files=True,
     )
     monkeypatch.setattr(backend, "capabilities", poor)
     with pytest.raises(errors.Unsupported, match=backend.name):

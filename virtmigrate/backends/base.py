@@ -42,6 +42,8 @@ class Capabilities:
     """Formats that its volumes may have."""
     overlays: bool
     """A volume can be frozen below a new layer, and the layer dropped or merged."""
+    snapshots: bool
+    """It can keep a volume as it is now, and make it that again."""
     shared: bool
     """Several hosts may have it."""
     files: bool
@@ -165,6 +167,24 @@ class Backend(abc.ABC):
             self.volumes.remove(volume.name)
             raise
         return volume
+
+    def keep_state(self, name: str, operation: str) -> None:
+        """Keep a volume as it is now, for an operation; nothing happens twice.
+
+        Nobody may be writing to it. Raises Unsupported.
+        """
+        raise self._unsupported(f"keep the state of {name}")
+
+    def restore_state(self, name: str, operation: str) -> None:
+        """Make a volume what it was when an operation kept it, and drop what was kept.
+
+        Nothing happens without such a state. Nobody may be using the volume.
+        """
+        raise self._unsupported(f"restore the state of {name}")
+
+    def drop_state(self, name: str, operation: str) -> None:
+        """Drop what an operation kept of a volume; can be called again."""
+        raise self._unsupported(f"drop the state of {name}")
 
     def update(self, volume: model.Volume) -> model.Volume:
         """Publish a new generation of a volume's record."""

@@ -32,6 +32,7 @@ class DirBackend(base.Backend):
     capabilities = base.Capabilities(
         formats=(DiskFormat.RAW, DiskFormat.QCOW2),
         overlays=True,
+        snapshots=False,
         shared=False,
         files=True,
     )

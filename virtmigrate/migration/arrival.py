@@ -237,6 +237,7 @@ class Arrival:
             return self._image(volume).durable
         if volume.shared:
             self._demand_shared(volume)
+            self._grow_shared(volume)
             return True
         backend, found = self._backend(volume), self._recorded(volume)
         if found is not None and found.durable:
@@ -252,6 +253,14 @@ class Arrival:
             self._record(volume), pool=pool, path=path, state=VolumeState.USABLE
         )
         return _make_durable(backend, proven)
+
+    def _grow_shared(self, volume: model.TransferVolume) -> None:
+        """Grow a disk whose state its backend keeps for the source."""
+        backend = self._backend(volume)
+        found = backend.volumes.read(volume.name).body
+        if volume.kept and found.size < volume.size:
+            backend.grow(volume.name, volume.size)
+            backend.update(msgspec.structs.replace(found, size=volume.size))
 
     def _demand_self_contained(self, volume: model.TransferVolume, pool: str) -> None:
         """Refuse a qcow2 volume whose data would lie in a file that it names."""

@@ -119,11 +119,15 @@ class Departure:
         self._here.domains.save_to(uuid, volume.path)
 
     def _freeze(self) -> None:
-        shared = [v for v in self._transfer.volumes if v.shared and v.backing]
-        if shared:
+        shared = [v for v in self._transfer.volumes if v.shared]
+        if any(v.backing or v.kept for v in shared):
             self.journal.done("freezing")
         for volume in shared:
             backend = self._backend(volume)
+            if volume.kept:
+                backend.keep_state(volume.source, self.journal.operation)
+            if not volume.backing:
+                continue
             below = backend.volumes.read(volume.source).body
             backend.update(msgspec.structs.replace(below, state=VolumeState.FROZEN))
             layer = facts.overlay_volume(volume, below, self._transfer, self._here.name)
@@ -247,6 +251,8 @@ class Departure:
         for sent in self._transfer.volumes:
             backend = self._backend(sent)
             found = None if sent.shared else backend.volumes.find(sent.source)
+            if sent.kept:
+                backend.drop_state(sent.source, self.journal.operation)
             if found is not None and found.body.owner == self._original.uuid:
                 self._remove_or_retire(backend, found.body, roots.get(sent.name))
         stored = self._here.instances.find(self._original.uuid)

@@ -211,10 +211,14 @@ class _Planner:
     def _shared(
         self, ref: model.DiskRef, backend: base.Backend, card: model.BackendCard
     ) -> model.TransferVolume:
-        """Plan a layer over a disk that both hosts see: below it nothing changes."""
-        top = backend.chain(ref.volume)[0]
-        frozen = ref.role is not Role.CONFIG
-        if frozen and not backend.capabilities.overlays:
+        """Plan how a disk that both hosts see stays what it is until the confirm.
+
+        By a layer over it, or as the backend keeps states itself.
+        """
+        top, can = backend.chain(ref.volume)[0], backend.capabilities
+        changes = ref.role is not Role.CONFIG
+        frozen = changes and can.overlays
+        if changes and not (can.overlays or can.snapshots):
             raise self._refuse(
                 f"backend {backend.name} is shared and cannot keep {ref.target} as "
                 "it is until the move is confirmed"
@@ -227,10 +231,12 @@ class _Planner:
             role=ref.role,
             format=DiskFormat.QCOW2 if frozen else top.format,
             size=self._new_size(ref, top),
-            length=0,
+            length=top.size,
             room=0,
             backing=top.name if frozen else None,
             shared=True,
+            kept=changes and not frozen,
+            grow=changes and not frozen and self._new_size(ref, top) > top.size,
         )
 
     def _new_size(self, ref: model.DiskRef, volume: model.Volume) -> int:

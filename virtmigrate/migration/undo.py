@@ -60,6 +60,7 @@ class Undo:
             if self._journal.has("giving") and not self._journal.has("taken back"):
                 self._win_back(peer_is_lost)
                 self._journal.done("taken back")
+            self._restore_states()
             self._restore(power_on)
             self._drop_layers()
             facts.drop_memory(self._here, self._journal)
@@ -151,6 +152,24 @@ class Undo:
             peer=self._transfer.peer,
             reason=error,
         )
+
+    def _restore_states(self) -> None:
+        """Make shared disks what they were at the stop, before anybody starts it.
+
+        Once it may have been started here nothing is kept any more, so that a second
+        call changes nothing.
+        """
+        if not self._journal.has("freezing"):
+            return
+        for volume in self._transfer.volumes:
+            if volume.kept:
+                backend = facts.source_of(self._here, self._original, volume)
+                backend.restore_state(volume.source, self._journal.operation)
+                found = backend.volumes.read(volume.source).body
+                if found.size != volume.length:
+                    # The peer had grown it.
+                    before = msgspec.structs.replace(found, size=volume.length)
+                    backend.update(before)
 
     def _restore(self, power_on: bool) -> None:
         """Make the instance what it was; nothing happens if it was not stopped."""
