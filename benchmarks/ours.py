@@ -77,7 +77,8 @@ def move(task: Task, there: host.Host) -> None:
                 task.operation, card, volume, Path(kept) / volume.name
             )
             source = reading.FileSource(Path(volume.source), volume.length)
-            sent = mover.copy(source, other.target(card, volume), known)
+            target = other.target(task.operation, card, volume, TUNING.stretch)
+            sent = mover.copy(source, target, known)
             found = other.verify(task.operation, card, volume, mover, Proof.FULL)
             if found.root() != sent.root():
                 raise ValueError(f"the copy of {volume.source} differs")

@@ -103,6 +103,13 @@ class Assistance:
         assert found is not None
         return found
 
+    def bring(self, volume: str, piece: str, offset: int, size: int) -> None:
+        """Let the peer write a piece into an incoming volume; raises as verify()."""
+        wanted = Request(
+            verb=Verb.IMPORT, volume=volume, piece=piece, offset=offset, size=size
+        )
+        self._asker.ask(wanted)
+
     def finish(self) -> None:
         """Let the peer's own driver take the instance; raises as verify()."""
         self._asker.ask(Request(verb=Verb.FINISH))

@@ -7,13 +7,11 @@ plain file, and no larger than the transfer says.
 """
 
 import contextlib
-import os
 import re
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import blake3
@@ -28,12 +26,12 @@ from virtmigrate import (
     reading,
     request,
     reservation,
-    storagepool,
     stream,
 )
 from virtmigrate.backends import base, keeping
 from virtmigrate.model import TransferState, VolumeState
 from virtmigrate.request import Request, Verb
+from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
 
@@ -110,7 +108,8 @@ class _Errand:
             raise Refused("the name is none of this operation's")
         for volume in self.transfer.volumes:
             if volume.name == name and not volume.shared and not volume.held:
-                if self.request.size > reservation.sent_size(volume):
+                end = self.request.offset + self.request.size
+                if end > reservation.sent_size(volume):
                     raise Refused("the transfer's volume is smaller")
                 return volume
         raise Refused("the transfer has no such volume")
@@ -181,18 +180,26 @@ class Errands:
         return Outcome()
 
     def _import(self, errand: _Errand) -> Outcome:
-        name, size = errand.volume().name, errand.request.size
-        target, source = self._backend(errand.request.backend), errand.backend.incoming
-        if target.name == errand.backend.name:
-            raise Refused("it is in this backend")
-        if source.has(name):
-            with errand.backend.readable(source, name) as fd:
-                _demand_length(source, name, fd, size)
-            with errand.work.waiting():
-                target.import_volume(source, name, size, _Told(errand.work))
-        # A killed one got as far as this; what it brought is proven as any other.
-        found, durable = self._survey(errand, target, name)
-        return Outcome(found, durable=durable, after=lambda: source.delete(name))
+        wanted, name = errand.request, errand.volume().name
+        numbers = range(request.PIECES)
+        if wanted.piece not in {request.piece_name(name, n) for n in numbers}:
+            raise Refused("the piece is none of this volume's")
+        if wanted.size > request.PIECE_LIMIT:
+            raise Refused(f"a piece has at most {request.PIECE_LIMIT} bytes")
+        # The source may have made it anew.
+        self._demand_asked(errand)
+        end = wanted.offset + wanted.size
+        with self._here.files.arrived(wanted.piece) as piece:
+            if piece.size < wanted.size:
+                raise Refused(f"the piece has only {piece.size} bytes")
+            target = errand.backend.target(name, end)
+            with piece.source, target.writer(end, lambda: None) as writer:
+                for start in range(0, wanted.size, MiB):
+                    until = min(start + MiB, wanted.size)
+                    data = piece.source.read(start, until) or bytes(until - start)
+                    writer.write(wanted.offset + start, data)
+                    errand.work.advance(until - start)
+        return Outcome()
 
     def _hold(self, errand: _Errand) -> Outcome:
         wanted, backend = errand.request, errand.backend
@@ -280,7 +287,9 @@ class Errands:
     def _reclaim(self, errand: _Errand) -> Outcome:
         # The source says how much it lacks; this host knows better.
         backend, box = errand.backend, self._here.mailbox
-        room = reservation.Room(box, node.card_of(backend), backend.incoming)
+        room = reservation.Room(
+            box, node.card_of(backend, self._here.files), backend.incoming
+        )
         wanted = min(errand.request.size, room.missing(errand.transfer))
 
         def enough(freed: int) -> bool:
@@ -340,23 +349,19 @@ class Errands:
         blocks: Sequence[int] | None = None,
     ) -> tuple[manifest.Manifest, bool]:
         """Read all or some of an incoming volume; tell if it was fsynced before."""
-        pool, work, size = backend.incoming, errand.work, errand.request.size
+        work, size = errand.work, errand.request.size
+        # Of a sample, no more than its blocks.
+        ahead = manifest.block_size_for(size) if blocks else reading.WINDOW
         tuning = stream.Tuning(self._workers)
         with (
-            backend.readable(pool, name) as fd,
+            backend.arrived(name, ahead) as found,
             stream.Mover(tuning, progress=_Told(work)) as mover,
         ):
-            _demand_length(pool, name, fd, size)
+            if found.size != size:
+                raise Refused(f"it has {found.size} bytes and not {size}")
             with work.waiting():
-                durable = _flush(pool, fd)
-            source: reading.Source
-            if fd is not None:
-                source = reading.FileSource(Path(name), size, fd)
-            else:
-                # Of a sample, no more than its blocks.
-                ahead = manifest.block_size_for(size) if blocks else reading.WINDOW
-                source = reading.VolumeSource(pool, name, size, ahead)
-            return mover.survey(source, blocks), durable
+                durable = found.flush()
+            return mover.survey(found.source, blocks), durable
 
 
 def aside_name(wanted: Request) -> str:
@@ -376,26 +381,6 @@ def aside_operation(name: str) -> str | None:
 
 
 # Private
-
-
-def _demand_length(
-    pool: storagepool.Pool, name: str, fd: int | None, size: int
-) -> None:
-    length = pool.physical(name) if fd is None else os.lseek(fd, 0, os.SEEK_END)
-    if length != size:
-        raise Refused(f"it has {length} bytes and not {size}")
-
-
-def _flush(pool: storagepool.Pool, fd: int | None) -> bool:
-    """Have a volume's bytes on its storage; False when this process cannot."""
-    if fd is not None:
-        os.fsync(fd)
-    elif pool.is_local():
-        # Waits for all of the machine's file systems, and needs no right.
-        os.sync()
-    else:
-        return False
-    return True
 
 
 def _is_like(retired: model.Volume, volume: model.TransferVolume) -> bool:

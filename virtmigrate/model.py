@@ -231,6 +231,12 @@ class BackendCard(Struct, frozen=True):
     formats: tuple[DiskFormat, ...]
     files: bool
     """It takes NVRAM, config drives and other files."""
+    thick: bool = False
+    """A volume takes all of its size at once, and shows what was there before."""
+    granularity: int = 1
+    """Bytes that sizes are multiples of."""
+    pieces: str = ""
+    """The pool that takes data for it in pieces; "" where streams reach it."""
     reserved: int = 0
     """Bytes of its room that are left free."""
     traits: tuple[str, ...] = ()

@@ -283,7 +283,9 @@ class Node:
             records=record.READS,
             manifests=manifest.READS,
             tickets=TICKETS,
-            backends=tuple(card_of(backend) for backend in self.backends.values()),
+            backends=tuple(
+                card_of(backend, self.files) for backend in self.backends.values()
+            ),
             accepts_moves=self.options.accept_moves,
         )
         stored = self.mailbox.cards.find(CARD)
@@ -303,8 +305,12 @@ def _host_uuid(capabilities: str) -> str:
     return xml.parse(capabilities).findtext("host/uuid") or ""
 
 
-def card_of(backend: base.Backend) -> model.BackendCard:
-    """Return what peers are told of a backend."""
+def card_of(backend: base.Backend, files: base.Backend) -> model.BackendCard:
+    """Return what peers are told of a backend.
+
+    Arguments:
+        files: the host's backend for files.
+    """
     return model.BackendCard(
         name=backend.name,
         kind=backend.kind,
@@ -313,6 +319,9 @@ def card_of(backend: base.Backend) -> model.BackendCard:
         records=backend.records,
         formats=backend.capabilities.formats,
         files=backend.capabilities.files,
+        thick=backend.capabilities.thick,
+        granularity=backend.granularity(),
+        pieces="" if backend.capabilities.streams else files.incoming.name,
         reserved=backend.settings.reserved,
         traits=backend.settings.traits,
     )

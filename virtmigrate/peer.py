@@ -24,6 +24,7 @@ from virtmigrate import (
     manifest,
     model,
     node,
+    pieces,
     reading,
     record,
     request,
@@ -131,7 +132,7 @@ class Peer:
         if holding != transfer:
             self.transfers.publish(stored.name, holding, after=stored.generation)
         for card in cards.values():
-            room = reservation.Room(self._mailbox, card, self._pool(card.incoming))
+            room = reservation.Room(self._mailbox, card, self._incoming(card))
             missing = room.missing(holding)
             if missing and helps.reclaim(card.name, missing, check):
                 missing = room.missing(holding)
@@ -180,7 +181,7 @@ class Peer:
             kept: the file that keeps what the volume holds.
             check: raises what ends the waiting for the peer's receiver.
         """
-        pool, size = self._pool(card.incoming), reservation.sent_size(volume)
+        pool, size = self._incoming(card), reservation.sent_size(volume)
         found = known.load(kept)
         helps = self._help(operation)
         if (
@@ -199,12 +200,25 @@ class Peer:
         return Known(reused or Manifest(size), kept)
 
     def target(
-        self, card: model.BackendCard, volume: model.TransferVolume
-    ) -> writing.VolumeTarget:
-        """Return the incoming volume, to write to."""
-        return writing.VolumeTarget(
-            self._pool(card.incoming), volume.name, reservation.sent_size(volume)
-        )
+        self,
+        operation: str,
+        card: model.BackendCard,
+        volume: model.TransferVolume,
+        length: int,
+    ) -> writing.Target:
+        """Return the incoming volume, to write to.
+
+        Arguments:
+            length: bytes of a piece, where data comes in pieces.
+        """
+        name, size = volume.name, reservation.sent_size(volume)
+        if not card.pieces:
+            return writing.VolumeTarget(self._incoming(card), name, size)
+
+        def bring(piece: str, offset: int, count: int) -> None:
+            self._help(operation).bring(name, piece, offset, count)
+
+        return pieces.PieceTarget(self._pool(card.pieces), name, size, length, bring)
 
     def verify(
         self,
@@ -231,6 +245,9 @@ class Peer:
         try:
             found = mover.persist(lambda: self._help(operation).verify(wanted, mover))
         except (errors.ReceiverSilent, errors.RequestRefused) as e:
+            if card.pieces:
+                # libvirt cannot read it.
+                raise
             LOG.warning("operation=%s %s: read back over the network", operation, e)
             found = self._read_back(card, wanted, mover)
         mover.account.add(verified=found.known())
@@ -253,7 +270,16 @@ class Peer:
 
     def remove(self, card: model.BackendCard, name: str) -> None:
         """Remove an incoming volume of ours that a move needs no more."""
-        self._pool(card.incoming).delete(name)
+        self.remove_pieces(card, name)
+        self._incoming(card).delete(name)
+
+    def remove_pieces(self, card: model.BackendCard, name: str) -> None:
+        """Remove the files in which a volume's data came."""
+        if card.pieces:
+            pool = self._pool(card.pieces)
+            names = {request.piece_name(name, n) for n in range(request.PIECES)}
+            for piece in names.intersection(pool.names()):
+                pool.delete(piece)
 
     def remove_volumes(
         self, transfer: model.Transfer, cards: Mapping[str, model.BackendCard]
@@ -296,7 +322,7 @@ class Peer:
     def _read_back(
         self, card: model.BackendCard, wanted: Request, mover: stream.Mover
     ) -> Manifest:
-        pool = self._pool(card.incoming)
+        pool = self._incoming(card)
         if pool.physical(wanted.volume) != wanted.size:
             raise errors.ShortTransfer(
                 volume=wanted.volume, host=self.name, reason="the copy has another size"
@@ -308,10 +334,17 @@ class Peer:
             blocks = request.sampled(count, wanted.sample, wanted.seed)
         return mover.survey(source, blocks, waits=account.PEER)
 
-    def _pool(self, name: str) -> storagepool.Pool:
+    def _incoming(self, card: model.BackendCard) -> storagepool.Pool:
+        return self._pool(card.incoming, thick=card.thick)
+
+    def _pool(self, name: str, *, thick: bool = False) -> storagepool.Pool:
         ours = self._mailbox.pool
         return storagepool.Pool(
-            self.host, name, ownership=ours.ownership, busy_timeout=ours.busy_timeout
+            self.host,
+            name,
+            ownership=ours.ownership,
+            busy_timeout=ours.busy_timeout,
+            thick=thick,
         )
 
     def _demand_free(self, conn: "libvirt.virConnect", needed: "Needs") -> None:

@@ -21,6 +21,7 @@ import msgspec
 
 from virtmigrate import manifest, model
 from virtmigrate.formats import DiskFormat
+from virtmigrate.units import MiB
 
 VERSION = 1
 READS = (1,)
@@ -30,6 +31,12 @@ HEAD = 4096
 
 NUMBERS = 64
 """Requests of one operation that may lie in a mailbox at once."""
+
+PIECES = 16
+"""Pieces of one volume that may be under way at once."""
+
+PIECE_LIMIT = 64 * MiB
+"""Bytes of a piece."""
 
 LEASE_LIMIT = 7 * 86400.0
 """Seconds that an image is held at most; a lease can be renewed."""
@@ -59,7 +66,8 @@ class Verb(enum.Enum):
     GROW = "grow"
     """Make an incoming volume larger."""
     IMPORT = "import"
-    """Bring an incoming volume into another backend of the peer."""
+    """Write a piece, a file in incoming, into an incoming volume of a backend that
+    libvirt's streams do not reach."""
     HOLD = "hold"
     """Keep an image of the cache for the operation, and tell its name."""
     RELEASE = "release"
@@ -93,8 +101,13 @@ class Request(model.Struct, frozen=True):
     volume: Name = ""
     """An incoming volume of the transfer."""
     size: Size = 0
-    """VERIFY, IMPORT: bytes that the volume has; GROW, REUSE: that it is to have;
-    RECLAIM: that are missing; HOLD: that a guest sees of the image."""
+    """VERIFY: bytes that the volume has; IMPORT: that are to be written; GROW, REUSE:
+    that it is to have; RECLAIM: that are missing; HOLD: that a guest sees of the
+    image."""
+    offset: Size = 0
+    """IMPORT: where in the volume the piece is written."""
+    piece: Name = ""
+    """IMPORT: the file that holds it, from its beginning."""
     format: DiskFormat | None = None
     """HOLD: the image's. It stands on no other."""
     sample: Size = 0
@@ -106,7 +119,7 @@ class Request(model.Struct, frozen=True):
     lease: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """HOLD: seconds."""
     backend: Name = ""
-    """HOLD, RECLAIM: which of the peer's; IMPORT: the one that the volume goes to."""
+    """HOLD, RECLAIM: which of the peer's."""
 
 
 class Answer(model.Struct, frozen=True):
@@ -128,6 +141,12 @@ class Answer(model.Struct, frozen=True):
     """VERIFY: the volume was fsynced before it was read."""
     digest: model.Digest | None = None
     """Vouches for the digests behind the head."""
+
+
+def piece_name(volume: str, number: int) -> str:
+    """Return the file for a piece of a volume; it ends as all of the operation do."""
+    disk, _, operation = volume.rpartition(".")
+    return f"{disk}-p{number}.{operation}"
 
 
 def request_name(operation: str, number: int) -> str:
@@ -188,7 +207,7 @@ def answer_size(request: Request) -> int:
 
 def payload_size(request: Request) -> int:
     """Return the bytes of the manifest that the answer brings."""
-    if request.verb not in (Verb.VERIFY, Verb.IMPORT, Verb.REUSE):
+    if request.verb not in (Verb.VERIFY, Verb.REUSE):
         return 0
     block = manifest.block_size_for(request.size)
     return -(-request.size // block) * manifest.LENGTH

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, placement, reading, writing
+from virtmigrate import domainxml, errors, model, node, placement, reading
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration.plan import NVRAM
@@ -169,6 +169,7 @@ class _Volumes:
     # Private
 
     def _empty(self, target: str, size: int) -> model.DiskRef:
+        size = round_up(size, self._disks.granularity())
         volume = self._allocate(self._disks, target, Role.EPHEMERAL, size)
         return self._publish(self._disks, target, volume)
 
@@ -186,7 +187,7 @@ class _Volumes:
             )
         # QEMU refuses a disk whose end is not aligned as direct I/O needs it.
         backend = self._disks if role is Role.ROOT else self._here.files
-        size = round_up(size or length, ALIGNMENT)
+        size = round_up(size or length, max(ALIGNMENT, backend.granularity()))
         volume = self._allocate(backend, target, role, size)
         self._upload(backend, volume, source, length)
         return self._publish(backend, target, volume)
@@ -219,11 +220,12 @@ class _Volumes:
     def _upload(
         self, backend: base.Backend, volume: model.Volume, source: Path, length: int
     ) -> None:
-        pool = backend.incoming
-        target = writing.VolumeTarget(pool, volume.name, volume.size)
+        target = backend.target(volume.name, volume.size)
         with self._here.mover() as mover:
             sent = mover.copy(reading.FileSource(source, length), target)
-            found = mover.survey(reading.VolumeSource(pool, volume.name, volume.size))
+            with backend.arrived(volume.name) as arrived:
+                arrived.flush()
+                found = mover.survey(arrived.source)
         if sent.root() != found.root():
             raise errors.VerificationFailed(
                 volume=volume.name,

@@ -61,6 +61,8 @@ class Pool:
         name: its name there.
         ownership: of volumes made in it.
         busy_timeout: seconds to wait while libvirt refreshes the pool.
+        thick: its volumes take all of their size at once, and show what was there
+            before, so they are zeroed when they are made.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Pool:
         *,
         ownership: Ownership | None = None,
         busy_timeout: float = 60.0,
+        thick: bool = False,
     ) -> None:
         self.host = host
         self.name = name
         self.ownership = ownership or Ownership()
         self.busy_timeout = busy_timeout
+        self.thick = thick
         self._path: str | None = None
         self._local: bool | None = None
         self._lock = threading.Lock()
@@ -147,7 +151,7 @@ class Pool:
         return name in self.names()
 
     def create_raw(self, name: str, size: int) -> None:
-        """Create a raw volume of size bytes, sparse and exclusively.
+        """Create a raw volume of size bytes, all zeros, exclusively.
 
         Raises VolumeExists when there is one of this name, NoSpace.
         """
@@ -328,7 +332,7 @@ class Pool:
         root = xml.element("volume")
         xml.add(root, "name", name)
         xml.add(root, "capacity", str(size), unit="B")
-        xml.add(root, "allocation", "0", unit="B")
+        xml.add(root, "allocation", str(size if self.thick else 0), unit="B")
         target = xml.add(root, "target")
         xml.add(target, "format", type=fmt)
         if fmt == "qcow2":

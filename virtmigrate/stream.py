@@ -87,7 +87,7 @@ class Mover:
     def copy(
         self,
         source: reading.Source,
-        target: writing.VolumeTarget,
+        target: writing.Target,
         known: Known | None = None,
     ) -> Manifest:
         """Make the target equal to the source; return the source's manifest.
@@ -248,7 +248,7 @@ class _Copy(_Survey):
         self,
         mover: Mover,
         source: reading.Source,
-        target: writing.VolumeTarget,
+        target: writing.Target,
         known: Known,
     ) -> None:
         super().__init__(mover, source, target.size)
@@ -276,7 +276,7 @@ class _Copy(_Survey):
         self,
         index: int,
         last: int,
-        writer: writing.VolumeWriter,
+        writer: writing.Writer,
         under_way: writing.UnderWay,
     ) -> None:
         """Send a block if the target lacks it."""
@@ -313,7 +313,7 @@ class _Copy(_Survey):
         self,
         index: int,
         before: bytes,
-        writer: writing.VolumeWriter,
+        writer: writing.Writer,
         under_way: writing.UnderWay,
     ) -> None:
         """Send what has to be written of a block, in streams that are not too long."""
@@ -341,7 +341,7 @@ class _Copy(_Survey):
 
     def _send(
         self,
-        writer: writing.VolumeWriter,
+        writer: writing.Writer,
         offset: int,
         data: bytes,
         under_way: writing.UnderWay,
@@ -361,13 +361,11 @@ class _Copy(_Survey):
         self.moved = time.monotonic()
 
 
-def _demand_fit(
-    source: reading.Source, target: writing.VolumeTarget, known: Known
-) -> None:
+def _demand_fit(source: reading.Source, target: writing.Target, known: Known) -> None:
     if source.size > target.size:
         raise errors.TransferError(
             volume=source.name,
-            host=target.pool.host.name,
+            host=target.host,
             reason=f"its {source.size} bytes do not fit into {target.size}",
         )
     fresh = manifest.block_size_for(target.size)

@@ -9,12 +9,46 @@ acknowledgement, which the next error may still take back: only reading proves.
 import contextlib
 import types
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 from virtmigrate import storagepool, wire
 
 Acknowledge = Callable[[], object]
 """Called when a host took all that was written until then."""
+
+
+class Writer(Protocol):
+    """Writes data in the order of its offsets. Belongs to one thread.
+
+    Leaving `with` finishes; after an error what was not acknowledged is anything.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None: ...
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write data at an offset that no earlier call went beyond."""
+
+    def finish(self) -> None:
+        """Have what was written acknowledged."""
+
+
+class Target(Protocol):
+    """A volume that is being filled. Safe to share between threads."""
+
+    name: str
+    size: int
+    host: str
+    """Name of the host that it is on."""
+
+    def writer(self, until: int, acknowledge: Acknowledge) -> Writer:
+        """Return a writer for one thread, of what lies before `until`."""
 
 
 class VolumeTarget:
@@ -24,6 +58,7 @@ class VolumeTarget:
         self.pool = pool
         self.name = name
         self.size = size
+        self.host = pool.host.name
 
     def writer(self, until: int, acknowledge: Acknowledge) -> "VolumeWriter":
         """Return a writer for one thread, of what lies before `until`."""

@@ -245,6 +245,8 @@ def test_overlay_without_the_capability(
         overlays=False,
         snapshots=False,
         shared=False,
+        streams=True,
+        thick=False,
         files=True,
     )
     monkeypatch.setattr(backend, "capabilities", poor)

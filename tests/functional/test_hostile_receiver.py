@@ -20,7 +20,6 @@ from tests.functional.test_receiver import (
     TILE,
     Place,
     alpha,
-    content,
     job,
     place,
     told,
@@ -30,9 +29,7 @@ from tests.functional.test_receiver import (
 from virtmigrate import desk, errand, errors, model, receiver, request
 from virtmigrate.backends import base
 from virtmigrate.backends import dir as dirs
-from virtmigrate.progress import Progress, Report
 from virtmigrate.request import Answer, Request, State, Verb
-from virtmigrate.units import MiB
 
 __all__ = ["alpha", "keeping", "place"]
 
@@ -378,19 +375,3 @@ def test_what_is_used_is_not_reclaimed(place: Place) -> None:
     assert [each.name for each in place.local.retired()] == ["vda.1"]
     place.local.reclaim(lambda _: False)
     assert place.local.retired() == []
-
-
-def test_a_copy_is_stopped(place: Place) -> None:
-    path = place.put(content() + bytes(40 * MiB) + TILE)
-    other, size = place.here.backends["other"], path.stat().st_size
-
-    def listen(report: Report) -> None:
-        if report.done > MiB:
-            halfway.cancel()
-
-    halfway = Progress(listen, interval=0)
-    with pytest.raises(errors.Cancelled):
-        base.Backend.import_volume(
-            other, place.local.incoming, path.name, size, halfway
-        )
-    assert MiB < halfway.report().done < size

@@ -885,7 +885,13 @@ def test_an_answer_in_many_lines(place: Place, monkeypatch: pytest.MonkeyPatch) 
 def refuse_all(place: Place, name: str, reasons: list[str], size: int = 4096) -> None:
     """See that every verb on a volume is refused, for one of the reasons."""
     wanted = [
-        job(verb=verb, number=number, volume=name, size=size, backend="other")
+        job(
+            verb=verb,
+            number=number,
+            volume=name,
+            size=size,
+            piece=request.piece_name(name, 0) if verb is Verb.IMPORT else "",
+        )
         for number, verb in enumerate(ON_VOLUMES)
     ]
     for each in wanted:
@@ -958,9 +964,7 @@ def test_backend_that_is_not_there(place: Place) -> None:
     place.transfer()
     place.put(TILE)
     with pytest.raises(errors.RequestRefused, match="no such backend"):
-        place.ask(
-            Verb.IMPORT, volume=f"vda.{OPERATION}", size=len(TILE), backend="nowhere"
-        )
+        place.ask(Verb.RECLAIM, size=1, backend="nowhere")
 
 
 SPOILT: dict[str, Callable[[Path, Path], object]] = {
@@ -1104,19 +1108,70 @@ def test_grow(place: Place, access: str) -> None:
 
 @pytest.mark.parametrize("access", ACCESS, indirect=True)
 def test_import(place: Place, access: str) -> None:
-    data = content() + bytes(20 * MiB) + TILE
-    place.transfer()
-    path = place.put(data)
-    wanted: dict[str, Any] = {"volume": path.name, "size": len(data)}
-    wanted["backend"] = "other"
-    _, found = place.ask(Verb.IMPORT, **wanted)
-    arrived = place.root / "other/incoming" / path.name
-    assert found is not None and found.root() == told(data).root()
+    """Pieces, files in the area for them, become a volume of another backend."""
+    data = content()
+    other = place.here.backends["other"]
+    place.transfer(volume(size=len(data), backend="other"))
+    other.incoming.create_raw(f"vda.{OPERATION}", len(data))
+    arrived = place.root / "other/incoming" / f"vda.{OPERATION}"
+    piece = request.piece_name(arrived.name, 3)
+    for start in range(0, len(data), MiB):
+        part = data[start : start + MiB]
+        place.put(part, piece, size=2 * MiB).write_bytes(part.ljust(2 * MiB, b"old"))
+        wanted: dict[str, Any] = {"volume": arrived.name, "piece": piece}
+        # Again, as after a death before the answer.
+        for _ in range(2):
+            place.ask(Verb.IMPORT, offset=start, size=len(part), **wanted)
+        place.local.incoming.delete(piece)
     assert arrived.read_bytes() == data
-    until(lambda: not path.exists())
-    # Again, as after a death before the answer.
-    _, found = place.ask(Verb.IMPORT, **wanted)
-    assert found is not None and found.root() == told(data).root()
+    assert place.verify(len(data)).root() == told(data).root()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"piece": f"vda.{OPERATION}"}, "none of this volume's"),
+        ({"piece": f"vda-p16.{OPERATION}"}, "none of this volume's"),
+        ({"piece": f"vdb-p0.{OPERATION}"}, "none of this volume's"),
+        ({"piece": ""}, "none of this volume's"),
+        ({"offset": MiB - len(TILE) + 1}, "smaller"),
+        ({"offset": 2**62}, "smaller"),
+        ({"size": len(TILE) + 1}, "only"),
+        ({"size": 64 * MiB + 1}, "at most|smaller"),
+    ],
+)
+def test_import_of_what_may_not_be(
+    place: Place, fields: dict[str, Any], reason: str
+) -> None:
+    place.transfer(volume(size=MiB, backend="other"))
+    other = place.here.backends["other"].incoming
+    other.create_raw(f"vda.{OPERATION}", MiB)
+    piece = f"vda-p0.{OPERATION}"
+    place.put(TILE, piece)
+    wanted = {"volume": f"vda.{OPERATION}", "piece": piece, "size": len(TILE)}
+    with pytest.raises(errors.RequestRefused, match=reason):
+        place.ask(Verb.IMPORT, **{**wanted, **fields})
+    assert other.read(f"vda.{OPERATION}", limit=MiB) == bytes(MiB)
+
+
+def test_import_of_a_piece_that_leads_elsewhere(place: Place, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(TILE)
+    place.transfer(volume(size=MiB, backend="other"))
+    other = place.here.backends["other"].incoming
+    other.create_raw(f"vda.{OPERATION}", MiB)
+    piece = place.incoming / f"vda-p0.{OPERATION}"
+    for make in (piece.symlink_to, piece.hardlink_to):
+        make(secret)
+        with pytest.raises(errors.RequestRefused):
+            place.ask(
+                Verb.IMPORT,
+                volume=f"vda.{OPERATION}",
+                piece=piece.name,
+                size=len(TILE),
+            )
+        piece.unlink()
+    assert other.read(f"vda.{OPERATION}", limit=MiB) == bytes(MiB)
 
 
 def test_grow_that_libvirt_forgets(
@@ -1126,14 +1181,6 @@ def test_grow_that_libvirt_forgets(
     monkeypatch.setattr(place.local.incoming, "write", lambda *_, **__: None)
     with pytest.raises(errors.ShortTransfer, match="after it grew"):
         base.Backend.grow(place.local, path.name, MiB)
-
-
-def test_import_into_itself(place: Place) -> None:
-    place.transfer()
-    path = place.put(TILE)
-    with pytest.raises(errors.RequestRefused, match="in this backend"):
-        place.ask(Verb.IMPORT, volume=path.name, size=len(TILE), backend="local")
-    assert path.read_bytes() == TILE
 
 
 def hold_of(found: manifest.Manifest) -> dict[str, Any]:

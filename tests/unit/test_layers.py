@@ -52,6 +52,7 @@ FLOORS = {
     "events": 4,
     "inventory": 4,
     "peer": 5,
+    "pieces": 4,
     "placement": 5,
     # What a source asks of a peer, and who answers it there.
     "request": 2,

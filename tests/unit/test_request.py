@@ -227,7 +227,7 @@ def test_names_of_requests(number: int) -> None:
         (Verb.VERIFY, 0, 0),
         (Verb.VERIFY, 1, 1),
         (Verb.VERIFY, MiB + 1, 2),
-        (Verb.IMPORT, 8 * TiB, 512 * 1024),
+        (Verb.IMPORT, 8 * TiB, 0),
         (Verb.REUSE, 2**62, 512 * 1024),
         (Verb.GROW, 8 * TiB, 0),
         (Verb.RECLAIM, 8 * TiB, 0),

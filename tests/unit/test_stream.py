@@ -5,7 +5,6 @@ import os
 import random
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ class FakeTarget:
     """
 
     name = "fake"
-    pool = types.SimpleNamespace(host=types.SimpleNamespace(name="peer"))
+    host = "peer"
 
     def __init__(
         self, content: bytes, fails: Callable[[str], None] = lambda step: None

@@ -18,18 +18,17 @@ from oslo_log import log as logging
 from virtmigrate import (
     domainxml,
     errors,
+    live,
     manifest,
     model,
     reading,
     record,
     storagepool,
-    stream,
     writing,
 )
 from virtmigrate.backends import catalog, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
-from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
 
@@ -46,8 +45,23 @@ class Capabilities:
     """It can keep a volume as it is now, and make it that again."""
     shared: bool
     """Several hosts may have it."""
+    streams: bool
+    """libvirt's streams reach its volumes; else data comes in pieces, as files."""
+    thick: bool
+    """A volume takes all of its size at once, and shows what was there before."""
     files: bool
     """It can hold NVRAM, memory images and records of instances."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An incoming volume, as the host that it came to reads it."""
+
+    size: int
+    """Bytes that it has."""
+    source: reading.Source
+    flush: Callable[[], bool]
+    """Has its bytes on its storage; says False when this process cannot."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,10 @@ class Backend(abc.ABC):
         """Return the chain of a volume as a domain names it."""
         return tuple(self.layer(volume) for volume in self.chain(name))
 
+    def granularity(self) -> int:
+        """Return the bytes that sizes of raw volumes are multiples of."""
+        return 1
+
     def storage(self) -> str:
         """Return what tells the storage that this takes room from from all others."""
         return f"{self.host.name}/{self.disks.name}"
@@ -315,12 +333,31 @@ class Backend(abc.ABC):
     # Incoming volumes
 
     @contextlib.contextmanager
-    def readable(self, pool: storagepool.Pool, name: str) -> Iterator[int | None]:
-        """Yield a descriptor of a volume, or None when only libvirt may read it.
+    def arrived(self, name: str, ahead: int = reading.WINDOW) -> Iterator[Arrived]:
+        """Open an incoming volume to read it.
+
+        Arguments:
+            ahead: bytes that are fetched at once where only libvirt may read it.
 
         Raises StorageError for what is no volume of ours but leads elsewhere.
         """
-        path = self.local_file(pool, name)
+        with self.readable(name) as fd:
+            if fd is not None:
+                size = os.lseek(fd, 0, os.SEEK_END)
+                source = reading.FileSource(Path(name), size, fd)
+                yield Arrived(size, source, lambda: _flushed(fd))
+                return
+        size = self.incoming.physical(name)
+        far = reading.VolumeSource(self.incoming, name, size, ahead)
+        yield Arrived(size, far, self._flush_all)
+
+    @contextlib.contextmanager
+    def readable(self, name: str) -> Iterator[int | None]:
+        """Yield a descriptor of an incoming volume, None when only libvirt may read it.
+
+        Raises StorageError for what is no volume of ours but leads elsewhere.
+        """
+        path = self.local_file(self.incoming, name)
         if path is None:
             yield None
             return
@@ -329,6 +366,28 @@ class Backend(abc.ABC):
             yield fd
         finally:
             os.close(fd)
+
+    def target(self, name: str, size: int) -> writing.Target:
+        """Return an incoming volume, to write to from this host."""
+        return writing.VolumeTarget(self.incoming, name, size)
+
+    def source(self, volume: model.Volume, size: int) -> reading.Source:
+        """Return a volume of size bytes, to read while nobody writes to it."""
+        pool = self.pool(volume.pool)
+        path = self.local_file(pool, volume.name)
+        if path is not None:
+            return reading.FileSource(path, size)
+        LOG.info(
+            "volume=%s is read through libvirt: this process may not read the file, "
+            "which would be faster",
+            volume.name,
+        )
+        return reading.VolumeSource(pool, volume.name, size)
+
+    def live(self, volume: model.Volume, size: int) -> reading.Source | None:
+        """Return a volume to read beside its guest; None where that gains nothing."""
+        path = self.local_file(self.pool(volume.pool), volume.name)
+        return live.LiveSource(path, size) if path else None
 
     def grow(self, name: str, size: int) -> None:
         """Make an incoming volume longer; zeros are added.
@@ -347,25 +406,6 @@ class Backend(abc.ABC):
                 reason=f"it has {length} bytes and not {size} after it grew",
             )
 
-    def import_volume(
-        self,
-        source: storagepool.Pool,
-        name: str,
-        size: int,
-        progress: Progress | None = None,
-    ) -> None:
-        """Bring a volume of another pool of this host into incoming.
-
-        The source may be gone afterwards. What incoming has of that name is
-        replaced. Can be called again. What was written is not proven here: who asked
-        for it reads it back. Raises Cancelled, SourceChanged for another length.
-        """
-        self.incoming.delete(name)
-        self.incoming.create_raw(name, size)
-        target = writing.VolumeTarget(self.incoming, name, size)
-        with stream.Mover(progress=progress) as mover:
-            mover.copy(reading.VolumeSource(source, name, size), target)
-
     # Private
 
     def _reclaim(self, volume: model.Volume) -> int:
@@ -378,6 +418,14 @@ class Backend(abc.ABC):
         self.remove(volume.name)
         LOG.info("host=%s retired volume=%s removed", self.host.name, volume.name)
         return freed
+
+    def _flush_all(self) -> bool:
+        """Have all that was written to incoming on its storage."""
+        if not self.incoming.is_local():
+            return False
+        # Waits for all of the machine's file systems, and needs no right.
+        os.sync()
+        return True
 
     def _demand(self, capability: bool, operation: str) -> None:
         if not capability:
@@ -397,6 +445,11 @@ class Backend(abc.ABC):
 
 
 # Private
+
+
+def _flushed(fd: int) -> bool:
+    os.fsync(fd)
+    return True
 
 
 def _is_retired(volume: model.Volume, owner: str | None) -> bool:

@@ -7,7 +7,6 @@ not lie where uploads go.
 """
 
 import contextlib
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, errors, model, storagepool
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
-from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
 
@@ -34,6 +32,8 @@ class DirBackend(base.Backend):
         overlays=True,
         snapshots=False,
         shared=False,
+        streams=True,
+        thick=False,
         files=True,
     )
 
@@ -96,11 +96,11 @@ class DirBackend(base.Backend):
         return None
 
     @contextlib.contextmanager
-    def readable(self, pool: storagepool.Pool, name: str) -> Iterator[int | None]:
-        if not pool.is_local():
+    def readable(self, name: str) -> Iterator[int | None]:
+        if not self.incoming.is_local():
             yield None
             return
-        with self._plain(pool, name, os.O_RDONLY) as fd:
+        with self._plain(self.incoming, name, os.O_RDONLY) as fd:
             yield fd
 
     def set_aside(
@@ -151,24 +151,6 @@ class DirBackend(base.Backend):
             elif os.fstat(fd).st_size < size:
                 os.ftruncate(fd, size)
         self.incoming.refresh()
-
-    def import_volume(
-        self,
-        source: storagepool.Pool,
-        name: str,
-        size: int,
-        progress: Progress | None = None,
-    ) -> None:
-        if self._renames(source):
-            try:
-                self._path(source, name).rename(self._path(self.incoming, name))
-            except OSError as e:
-                if e.errno != errno.EXDEV:
-                    raise
-            else:
-                self._settle(source)
-                return
-        super().import_volume(source, name, size, progress)
 
     # Private
 

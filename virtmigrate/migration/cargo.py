@@ -16,12 +16,12 @@ from virtmigrate import (
     account,
     errors,
     known,
-    live,
     manifest,
     model,
     node,
     reading,
     stream,
+    writing,
 )
 from virtmigrate.backends import base
 from virtmigrate.journal import Journal
@@ -29,6 +29,7 @@ from virtmigrate.migration import facts
 from virtmigrate.model import Proof, Role
 from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
+from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Cargo:
                 source = self._live(volume)
                 if source is not None:
                     self._progress.phase(f"sending {volume.target} ahead", source.size)
-                    target = self._there.target(self._card(volume), volume)
+                    target = self._target(volume)
                     mover.copy(source, target, self._known[volume.name])
 
     def send(self) -> tuple[model.TransferVolume, ...]:
@@ -160,14 +161,14 @@ class Cargo:
 
         What arrived otherwise than it was sent is sent again, ROUNDS times at most.
         """
-        card = self._card(volume)
-        source, target = self._source(volume), self._there.target(card, volume)
+        source, target = self._source(volume), self._target(volume)
         holds = self._known[volume.name]
         for _ in range(ROUNDS):
             self._progress.phase(f"copying {volume.target}", target.size)
             ours = mover.copy(source, target, holds)
             wrong = self._compare(volume, ours, mover)
             if not wrong:
+                self._there.remove_pieces(self._card(volume), volume.name)
                 self._keep(volume, ours)
                 self._journal.done("copying", volume=volume.name, root=ours.root())
                 return msgspec.structs.replace(
@@ -218,25 +219,21 @@ class Cargo:
 
     def _source(self, volume: model.TransferVolume) -> reading.Source:
         backend, ours = self._ours(volume)
-        pool = backend.pool(ours.pool)
-        length = self._length(volume)
-        path = backend.local_file(pool, ours.name)
-        if path is not None:
-            return reading.FileSource(path, length)
-        LOG.info(
-            "operation=%s volume=%s is read through libvirt: this process may not "
-            "read the file, which would be faster",
-            self._journal.operation,
-            ours.name,
-        )
-        return reading.VolumeSource(pool, ours.name, length)
+        return backend.source(ours, self._length(volume))
 
-    def _live(self, volume: model.TransferVolume) -> live.LiveSource | None:
+    def _target(self, volume: model.TransferVolume) -> writing.Target:
+        return self._there.target(
+            self._journal.operation,
+            self._card(volume),
+            volume,
+            self._here.options.stream_length * MiB,
+        )
+
+    def _live(self, volume: model.TransferVolume) -> reading.Source | None:
         """Return a disk to read beside its guest; None where that gains nothing."""
         too_long = manifest.block_size_for(volume.length) > stream.HELD
         if too_long or volume.role in (Role.NVRAM, Role.CONFIG):
             # Long blocks are read twice, and must be the same both times.
             return None
         backend, ours = self._ours(volume)
-        path = backend.local_file(backend.pool(ours.pool), ours.name)
-        return live.LiveSource(path, volume.length) if path else None
+        return backend.live(ours, volume.length)

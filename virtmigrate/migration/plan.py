@@ -16,6 +16,7 @@ from virtmigrate.model import InstanceState, Proof, Role, TransferState
 from virtmigrate.peer import Peer
 from virtmigrate.placement import ANY, Demand
 from virtmigrate.reservation import sent_size
+from virtmigrate.units import round_up
 
 NVRAM = inspection.NVRAM
 
@@ -169,14 +170,15 @@ class _Planner:
             if volume.name not in volumes:
                 suffix = f"-{level}" if level else ""
                 name = f"{ref.target}{suffix}.{self._operation}"
-                sent = self._sent(ref, backend, volume, name, backing)
-                volumes[volume.name] = msgspec.structs.replace(sent, backend=card.name)
+                sent = self._sent(ref, backend, card, volume, name, backing)
+                volumes[volume.name] = sent
             backing = volumes[volume.name].name
 
     def _sent(
         self,
         ref: model.DiskRef,
         backend: base.Backend,
+        card: model.BackendCard,
         volume: model.Volume,
         name: str,
         backing: str | None,
@@ -189,11 +191,13 @@ class _Planner:
             )
         top = volume.name == ref.volume
         size = self._new_size(ref, volume) if top else volume.size
+        if volume.format is DiskFormat.RAW:
+            size = round_up(size, card.granularity)
         is_image = volume.role is Role.IMAGE and volume.proof is Proof.FULL
         below = Role.IMAGE if is_image else Role.LAYER
         sent = model.TransferVolume(
             name=name,
-            backend="",
+            backend=card.name,
             source=volume.name,
             target=ref.target,
             role=ref.role if top else below,
