@@ -180,7 +180,7 @@ def copied(
 ) -> Manifest:
     tuning = tuning or stream.Tuning(workers=2, stretch=4 * BLOCK)
     with stream.Mover(tuning, **options) as mover:
-        return mover.copy(source, target, mine)  # type: ignore[arg-type]
+        return mover.copy(source, target, mine)
 
 
 def of(data: bytes) -> Manifest:
@@ -748,7 +748,7 @@ def test_one_mover_for_several_copies() -> None:
         with stream.Mover(stream.Tuning(2, BLOCK)) as mover:
             for content in contents:
                 target = FakeTarget(bytes(len(content)))
-                mover.copy(FakeSource(content), target)  # type: ignore[arg-type]
+                mover.copy(FakeSource(content), target)
                 yield bytes(target.content)
 
     before = threading.active_count()
