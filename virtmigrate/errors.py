@@ -16,7 +16,7 @@
     │   ├── ReceiverSilent, RequestRefused
     │   └── LibvirtFailed
     ├── StorageError
-    │   ├── NoBackend
+    │   ├── NoBackend, StorageDown
     │   ├── PoolNotFound, PoolBusy
     │   ├── VolumeNotFound, VolumeExists
     │   ├── NoSpace
@@ -154,6 +154,13 @@ class LibvirtFailed(HostError):
 
 class StorageError(Error):
     msg = "host {host}, pool {pool}: {reason}"
+
+
+class StorageDown(StorageError):
+    msg = (
+        "pool {pool} of host {host} did not answer within {seconds:g} s: {reason}. "
+        "Other backends are not concerned; try again when its cluster is healthy"
+    )
 
 
 class NoBackend(StorageError):

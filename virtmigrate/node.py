@@ -124,6 +124,8 @@ class Node:
         )
 
     def close(self) -> None:
+        for backend in self.backends.values():
+            backend.close()
         self.host.close()
 
     def ensure(self) -> None:

@@ -91,7 +91,7 @@ class Pool:
         Raises ConfigurationError when a pool of this name lies elsewhere.
         """
         with self.host.session(f"making pool {self.name}", pool=self.name) as session:
-            pool = self._define(session, path)
+            pool = self._define(session, self._directory_xml(path))
             if not pool.isActive():
                 pool.create(libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD)
             pool.setAutostart(1)
@@ -100,6 +100,18 @@ class Pool:
                 reason=f"host {self.host.name}: pool {self.name} lies at "
                 f"{self.path}, and the configuration says {path}"
             )
+
+    def ensure_defined(self, definition: xml.Element) -> None:
+        """Define and start a pool on storage that is there, if it is not there yet.
+
+        Arguments:
+            definition: libvirt's; its name is this pool's.
+        """
+        with self.host.session(f"making pool {self.name}", pool=self.name) as session:
+            pool = self._define(session, xml.write(definition))
+            if not pool.isActive():
+                pool.create(0)
+            pool.setAutostart(1)
 
     def exists(self) -> bool:
         """Tell whether the host has this pool, active."""
@@ -292,15 +304,15 @@ class Pool:
         with self.nonce() as name:
             return (Path(self.path) / name).exists()
 
-    def _define(self, session: Session, path: str) -> "libvirt.virStoragePool":
+    def _define(self, session: Session, text: str) -> "libvirt.virStoragePool":
         try:
             return session.conn.storagePoolLookupByName(self.name)
         except libvirt.libvirtError as e:
             if translation.code(e) != libvirt.VIR_ERR_NO_STORAGE_POOL:
                 raise
-        return session.conn.storagePoolDefineXML(self._pool_xml(path), 0)
+        return session.conn.storagePoolDefineXML(text, 0)
 
-    def _pool_xml(self, path: str) -> str:
+    def _directory_xml(self, path: str) -> str:
         root = xml.element("pool", attributes={"type": "dir"})
         xml.add(root, "name", self.name)
         target = xml.add(root, "target")

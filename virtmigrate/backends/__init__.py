@@ -5,12 +5,13 @@ from oslo_config import cfg
 
 from virtmigrate import conf as options
 from virtmigrate import errors, storagepool
-from virtmigrate.backends import base, dir
+from virtmigrate.backends import base, dir, rbd
 from virtmigrate.host import Host
 from virtmigrate.units import MiB
 
 KINDS: dict[str, type[base.Backend]] = {
     "dir": dir.DirBackend,
+    "rbd": rbd.RbdBackend,
 }
 
 
@@ -47,4 +48,5 @@ def _settings(conf: cfg.ConfigOpts, name: str) -> base.Settings:
         busy_timeout=conf[options.GROUP].busy_timeout,
         record_grace=conf[options.GROUP].record_grace,
         traits=tuple(group.traits),
+        options={opt.dest: group[opt.dest] for opt in options.kind_opts},
     )

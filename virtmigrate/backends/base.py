@@ -9,9 +9,11 @@ import abc
 import contextlib
 import enum
 import os
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oslo_log import log as logging
 
@@ -75,6 +77,8 @@ class Settings:
     busy_timeout: float
     record_grace: float
     traits: tuple[str, ...] = ()
+    options: Mapping[str, Any] = types.MappingProxyType({})
+    """What only its kind has."""
 
 
 class Reuse(enum.Enum):
@@ -115,6 +119,9 @@ class Backend(abc.ABC):
         """What peers count on."""
         self.claims = keeping.Claims()
         """On retired volumes that are being reused or removed."""
+
+    def close(self) -> None:
+        """Close connections of its own."""
 
     # What a kind must say
 

@@ -16,6 +16,7 @@ from oslo_config import cfg
 from virtmigrate import errors
 from virtmigrate.conf import host, transfer
 from virtmigrate.conf.backend import backend_opts as backend_opts
+from virtmigrate.conf.backend import kind_opts as kind_opts
 
 GROUP = "virtmigrate"
 
@@ -30,7 +31,7 @@ ALL_HOST_OPTS = [
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
     """Return all options for oslo-config-generator."""
-    return [(GROUP, ALL_HOST_OPTS), ("local", backend_opts)]
+    return [(GROUP, ALL_HOST_OPTS), ("local", [*backend_opts, *kind_opts])]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -110,8 +111,9 @@ def _register_backend(conf: cfg.ConfigOpts, name: str) -> None:
         raise errors.ConfigurationError(
             reason=f"backend {name!r}: use a-z, 0-9, _ and -, at most 31 characters"
         )
-    conf.register_opts(backend_opts, group=name)
-    _check_values(conf, name, backend_opts)
+    for opts in (backend_opts, kind_opts):
+        conf.register_opts(opts, group=name)
+        _check_values(conf, name, opts)
 
 
 def _check_values(conf: cfg.ConfigOpts, group: str, opts: Sequence[cfg.Opt]) -> None:

@@ -8,7 +8,11 @@ backend_opts = [
     cfg.StrOpt(
         "kind",
         default="dir",
-        help="What stores the volumes. Known: dir.",
+        choices=[
+            ("dir", "files in a directory of this host"),
+            ("rbd", "images in a pool of a Ceph cluster"),
+        ],
+        help="What stores the volumes.",
     ),
     cfg.StrOpt(
         "path",
@@ -50,5 +54,38 @@ backend_opts = [
         help="What this backend is, as words of your choice such as media=ssd. A "
         "flavor asks for them by its extra spec virtmigrate:traits, or for a backend "
         "by its name, by virtmigrate:backend.",
+    ),
+]
+
+# Each is read by one kind only.
+kind_opts = [
+    cfg.StrOpt(
+        "rbd_pool",
+        default="volumes",
+        help="rbd: the RADOS pool.",
+    ),
+    cfg.StrOpt(
+        "rbd_user",
+        default="virtmigrate",
+        help="rbd: the user of Ceph, without `client.`. It needs `profile rbd` on the "
+        "monitors and on the pool.",
+    ),
+    cfg.StrOpt(
+        "rbd_ceph_conf",
+        default="/etc/ceph/ceph.conf",
+        help="rbd: path of ceph.conf; it names the monitors, and the user's keyring if "
+        "that is not in /etc/ceph.",
+    ),
+    cfg.StrOpt(
+        "rbd_secret_uuid",
+        help="rbd: UUID of the secret of this host's libvirt that holds the user's key. "
+        "Not set: Ceph asks for no authentication.",
+    ),
+    cfg.FloatOpt(
+        "rbd_timeout",
+        default=30.0,
+        min=1,
+        max=600,
+        help="rbd: seconds that the cluster may take to answer.",
     ),
 ]

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pool of a Ceph cluster, by librados and librbd.
+
+The bindings come with Debian's python3-rados and python3-rbd; see docs/backends.md
+for how a virtual environment finds them.
+"""
+
+import contextlib
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from virtmigrate import errors
+
+if TYPE_CHECKING:
+    import rados
+    import rbd
+
+SNAPSHOT = "virtmigrate-"
+"""What the names of our snapshots begin with."""
+
+
+class Cluster:
+    """One pool of a cluster, as one user. Safe to share between threads.
+
+    Connected with the first use, and again after close().
+
+    Arguments:
+        host: the name of this host, for errors.
+        conf: path of ceph.conf.
+        user: without "client."; its keyring is where ceph.conf says.
+        pool: the RADOS pool.
+        timeout: seconds that the cluster may take to answer.
+    """
+
+    def __init__(
+        self, host: str, conf: str, user: str, pool: str, timeout: float
+    ) -> None:
+        self.host = host
+        self.pool = pool
+        self._conf = conf
+        self._user = user
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._handle: rados.Rados | None = None
+        self._contexts: dict[str, rados.Ioctx] = {}
+
+    def close(self) -> None:
+        """Close the connection; nobody may be using it."""
+        with self._lock:
+            for context in self._contexts.values():
+                context.close()
+            self._contexts.clear()
+            if self._handle is not None:
+                self._handle.shutdown()
+                self._handle = None
+
+    def context(self, namespace: str = "") -> "rados.Ioctx":
+        """Return a handle of the pool, or of a namespace in it."""
+        with self._lock:
+            if namespace not in self._contexts:
+                context = self._connected().open_ioctx(self.pool)
+                context.set_namespace(namespace)
+                self._contexts[namespace] = context
+            return self._contexts[namespace]
+
+    @contextlib.contextmanager
+    def working(
+        self, doing: str, volume: str = "?"
+    ) -> Iterator[tuple["rbd.RBD", "rados.Ioctx"]]:
+        """Yield what images are managed with; Ceph's errors become ours.
+
+        Raises VolumeNotFound, VolumeExists, StorageDown, StorageError.
+        """
+        with self.translated(doing, volume):
+            yield _rbd().RBD(), self.context()
+
+    @contextlib.contextmanager
+    def image(
+        self, name: str, doing: str, *, read_only: bool = True
+    ) -> Iterator["rbd.Image"]:
+        """Yield an opened image; raises as working()."""
+        with (
+            self.working(doing, name) as (_, context),
+            _rbd().Image(context, name, read_only=read_only) as image,
+        ):
+            yield image
+
+    @contextlib.contextmanager
+    def translated(self, doing: str, volume: str = "?") -> Iterator[None]:
+        """Make Ceph's errors ours."""
+        rados, rbd = _rados(), _rbd()
+        where = {"host": self.host, "pool": self.pool}
+        try:
+            yield
+        except (rbd.ImageNotFound, rados.ObjectNotFound) as e:
+            raise errors.VolumeNotFound(**where, volume=volume) from e
+        except (rbd.ImageExists, rados.ObjectExists) as e:
+            raise errors.VolumeExists(**where, volume=volume) from e
+        except rados.TimedOut as e:
+            raise self._down(doing) from e
+        except (rados.Error, rbd.Error) as e:
+            if abs(getattr(e, "errno", 0) or 0) in _AWAY:
+                raise self._down(doing) from e
+            raise errors.StorageError(**where, reason=f"{doing}: {e}") from e
+
+    def identity(self) -> str:
+        """Return what tells this pool from all others: of all clusters."""
+        with self.translated("asking for its id"):
+            context = self.context()
+            return f"rbd {self._connected_id()} {context.get_pool_id()}"
+
+    def fsid(self) -> str:
+        """Return the id of the cluster."""
+        with self.translated("asking for its id"):
+            self.context()
+            return self._connected_id()
+
+    def monitors(self) -> tuple[str, ...]:
+        """Return the addresses of the monitors that ceph.conf names."""
+        with self.translated("reading ceph.conf"):
+            self.context()
+            assert self._handle is not None
+            return monitors(str(self._handle.conf_get("mon_host")))
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the cluster has, and those that are free."""
+        with self.translated("asking for room"):
+            self.context()
+            assert self._handle is not None
+            stats: dict[str, Any] = self._handle.get_cluster_stats()
+        return int(stats["kb"]) * 1024, int(stats["kb_avail"]) * 1024
+
+    # Private
+
+    def _connected_id(self) -> str:
+        assert self._handle is not None
+        return str(self._handle.get_fsid())
+
+    def _connected(self) -> "rados.Rados":
+        if self._handle is None:
+            rados = _rados()
+            seconds = str(max(1, int(self._timeout)))
+            handle = rados.Rados(
+                conffile=self._conf,
+                rados_id=self._user,
+                conf={
+                    "client_mount_timeout": seconds,
+                    "rados_mon_op_timeout": seconds,
+                    "rados_osd_op_timeout": seconds,
+                },
+            )
+            try:
+                handle.connect(timeout=self._timeout)
+            except BaseException:
+                handle.shutdown()
+                raise
+            self._handle = handle
+        return self._handle
+
+    def _down(self, doing: str) -> errors.StorageDown:
+        return errors.StorageDown(
+            host=self.host, pool=self.pool, seconds=self._timeout, reason=doing
+        )
+
+
+def monitors(text: str) -> tuple[str, ...]:
+    """Return "address:port" of what a ceph.conf says of mon_host.
+
+    Of the forms of an address, libvirt takes that of the first protocol (v1).
+    """
+    found = []
+    for group in _groups(text):
+        old = [each[3:] for each in group if each.startswith("v1:")]
+        plain = [each for each in group if not each.startswith(("v1:", "v2:"))]
+        for each in (old or plain)[:1]:
+            address = each.partition("/")[0]
+            found.append(address.removesuffix(":0"))
+    return tuple(found)
+
+
+# Private
+
+_AWAY = (errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTUNREACH)
+
+
+def _groups(text: str) -> Iterator[list[str]]:
+    """Yield the addresses of each monitor: in [] stand those of one."""
+    for part in text.replace(" ", ",").replace("],", "]").split("["):
+        inside, closed, outside = part.partition("]")
+        if closed:
+            yield [each for each in inside.split(",") if each]
+        rest = outside if closed else inside
+        yield from ([each] for each in rest.split(",") if each)
+
+
+def _rados() -> Any:
+    return _imported(lambda: __import__("rados"))
+
+
+def _rbd() -> Any:
+    return _imported(lambda: __import__("rbd"))
+
+
+def _imported(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except ImportError as e:
+        raise errors.ConfigurationError(
+            reason="a backend of kind rbd needs the packages python3-rados and "
+            f"python3-rbd, where this Python finds them: {e}"
+        ) from e

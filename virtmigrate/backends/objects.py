@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a RADOS pool as volumes, and objects beside them as records.
+
+What this host does with its own pool goes by librbd and librados: libvirt has no
+streams for images, and opens all of them when it lists some. Peers make, see and
+remove images through libvirt's pool of the same name.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+from virtmigrate import errors, storagepool
+from virtmigrate.backends.cluster import SNAPSHOT, Cluster
+from virtmigrate.host import Host, Session
+from virtmigrate.storagepool import Room
+
+if TYPE_CHECKING:
+    import libvirt
+    import rbd
+
+NAMESPACE = "virtmigrate"
+"""Where in the pool our records are."""
+
+
+class _ClusterPool(storagepool.Pool):
+    """What images and objects have in common."""
+
+    def __init__(
+        self, host: Host, name: str, cluster: Cluster, busy_timeout: float
+    ) -> None:
+        super().__init__(host, name, busy_timeout=busy_timeout)
+        self.cluster = cluster
+
+    @property
+    def path(self) -> str:
+        """Name of the RADOS pool."""
+        return self.cluster.pool
+
+    def refresh(self) -> None:
+        """Nothing: what is there is seen at once."""
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def is_local(self) -> bool:
+        """No: there are no files."""
+        return False
+
+    def room(self) -> Room:
+        return Room(*self.cluster.room())
+
+    @contextlib.contextmanager
+    def opened(
+        self, name: str, doing: str
+    ) -> Iterator[tuple[Session, "libvirt.virStorageVol"]]:
+        self._no_streams(name)
+        yield  # type: ignore[misc]
+
+    def create_overlay(
+        self, name: str, size: int, base_path: str, base_format: str
+    ) -> None:
+        self._no_streams(name)
+
+    # Private
+
+    def _no_streams(self, name: str) -> NoReturn:
+        raise errors.StorageError(
+            host=self.host.name,
+            pool=self.name,
+            reason=f"{name}: libvirt cannot read or write it",
+        )
+
+
+class ImagePool(_ClusterPool):
+    """The images of a pool. Safe to share between threads."""
+
+    def names(self) -> list[str]:
+        with self.cluster.working("listing images") as (manager, context):
+            return list(manager.list(context))
+
+    def create_raw(self, name: str, size: int) -> None:
+        with self.cluster.working(f"creating {name}", name) as (manager, context):
+            manager.create(context, name, size, old_format=False)
+
+    def delete(self, name: str) -> None:
+        """Delete an image, and our snapshots of it; nothing happens without it."""
+        with contextlib.suppress(errors.VolumeNotFound):
+            doing = f"deleting {name}"
+            with self.cluster.image(name, doing, read_only=False) as image:
+                for each in list(image.list_snaps()):
+                    if each["name"].startswith(SNAPSHOT):
+                        image.remove_snap(each["name"])
+            with self.cluster.working(doing, name) as (manager, context):
+                manager.remove(context, name)
+
+    def physical(self, name: str) -> int:
+        with self.cluster.image(name, f"measuring {name}") as image:
+            return int(image.size())
+
+    def allocated(self, name: str) -> int:
+        with self.cluster.image(name, f"measuring {name}") as image:
+            return sum(end - start for start, end in extents(image))
+
+    def written(self, name: str) -> float:
+        with (
+            contextlib.suppress(errors.VolumeNotFound),
+            self.cluster.image(name, f"looking at {name}") as image,
+        ):
+            return float(image.modify_timestamp().timestamp())
+        return 0.0
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        with self.cluster.image(name, f"reading {name}") as image:
+            size = int(image.size())
+            if size > limit:
+                raise ValueError(f"{name} has {size} bytes, more than {limit}")
+            return bytes(image.read(0, size))
+
+    def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
+        with self.cluster.image(name, f"writing {name}", read_only=False) as image:
+            image.write(data, offset)
+            image.flush()
+
+
+class ObjectPool(_ClusterPool):
+    """Small volumes as objects in a namespace of their own: records, manifests."""
+
+    def names(self) -> list[str]:
+        with self.cluster.translated("listing records"):
+            found = self.cluster.context(NAMESPACE).list_objects()
+            return [str(each.key) for each in found]
+
+    def create_raw(self, name: str, size: int) -> None:
+        from rados import WriteOpCtx
+
+        with self.cluster.translated(f"creating {name}", name):
+            context = self.cluster.context(NAMESPACE)
+            with WriteOpCtx() as op:
+                op.new(1)  # exclusively
+                op.zero(0, size)
+                context.operate_write_op(op, name)
+            context.trunc(name, size)
+
+    def delete(self, name: str) -> None:
+        with (
+            contextlib.suppress(errors.VolumeNotFound),
+            self.cluster.translated(f"deleting {name}", name),
+        ):
+            self.cluster.context(NAMESPACE).remove_object(name)
+
+    def physical(self, name: str) -> int:
+        with self.cluster.translated(f"measuring {name}", name):
+            return int(self.cluster.context(NAMESPACE).stat(name)[0])
+
+    def allocated(self, name: str) -> int:
+        return self.physical(name)
+
+    def written(self, name: str) -> float:
+        with (
+            contextlib.suppress(errors.VolumeNotFound),
+            self.cluster.translated(f"looking at {name}", name),
+        ):
+            import calendar
+
+            when = self.cluster.context(NAMESPACE).stat(name)[1]
+            return float(calendar.timegm(when))
+        return 0.0
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        with self.cluster.translated(f"reading {name}", name):
+            context = self.cluster.context(NAMESPACE)
+            size = int(context.stat(name)[0])
+            if size > limit:
+                raise ValueError(f"{name} has {size} bytes, more than {limit}")
+            return bytes(context.read(name, length=size)) if size else b""
+
+    def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
+        with self.cluster.translated(f"writing {name}", name):
+            context = self.cluster.context(NAMESPACE)
+            # What was removed meanwhile must not come back.
+            context.stat(name)
+            context.write(name, data, offset)
+
+
+def extents(image: "rbd.Image") -> list[tuple[int, int]]:
+    """Return where an image has data, from its parents too: (start, end), in order."""
+    found: list[tuple[int, int]] = []
+
+    def note(offset: int, length: int, exists: bool) -> None:
+        if not exists:
+            return
+        if found and found[-1][1] == offset:
+            found[-1] = found[-1][0], offset + length
+        else:
+            found.append((offset, offset + length))
+
+    image.diff_iterate(0, image.size(), None, note, whole_object=True)
+    return found
