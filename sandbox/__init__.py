@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Libvirt hosts on one machine, for tests, benchmarks and the demo."""
 
+from sandbox.ceph import Ceph
 from sandbox.errors import SandboxError
 from sandbox.host import Host
 from sandbox.sandbox import Sandbox
 
-__all__ = ["Host", "Sandbox", "SandboxError"]
+__all__ = ["Ceph", "Host", "Sandbox", "SandboxError"]

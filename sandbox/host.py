@@ -228,8 +228,7 @@ class Host:
     @property
     def _mac(self) -> str:
         """The same after a restart, so that the others' ARP entries stay true."""
-        octets = [int(part) for part in self.address.split(".")]
-        return "02:76:" + ":".join(f"{octet:02x}" for octet in octets)
+        return mac(self.address)
 
     def _client(self, *argv: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
         return [*self._place.client.enter("net", "mount"), *argv]
@@ -317,6 +316,12 @@ class Host:
         )
         self.auth_file.unlink(missing_ok=True)
         self.auth_file.write_text(config.auth(SASL_USER, SASL_PASSWORD))
+
+
+def mac(address: str) -> str:
+    """Return the MAC address that belongs to an IPv4 address."""
+    octets = [int(part) for part in address.split(".")]
+    return "02:76:" + ":".join(f"{octet:02x}" for octet in octets)
 
 
 def can_remember_owner(directory: Path) -> bool:

@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import grp
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sandbox import config, errors, host, namespace, pki, process, reach
+from sandbox import ceph, config, errors, host, namespace, pki, process, reach
 
 DEFAULT_ROOT = "/var/tmp/virtmigrate-sandbox"
 ROOT_VARIABLE = "VIRTMIGRATE_SANDBOX"
@@ -35,6 +34,7 @@ NAME = re.compile(r"[a-z][a-z0-9-]{0,11}")
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREFIX = 24
 FIRST_HOST = 11
+FIRST_CLUSTER = 201
 USER = "mover"
 USER_ID = 64901
 
@@ -55,6 +55,7 @@ class Sandbox:
         self.home = self.directory / "home"
         self.pki = self.directory / "pki/trusted"
         self.hosts: dict[str, host.Host] = {}
+        self.clusters: dict[str, ceph.Ceph] = {}
         self._client = namespace.Namespace(self.directory / "client", ("mount", "net"))
         self._authority = pki.Authority(self.directory / "ca")
         self._state = self.directory / "sandbox.json"
@@ -81,8 +82,12 @@ class Sandbox:
         sandbox = cls(name or os.environ.get(NAME_VARIABLE, "none"), root)
         if not sandbox.is_up():
             raise errors.SandboxError(f"sandbox {sandbox.name} is not up")
-        for number, (key, options) in enumerate(sandbox._load()["hosts"].items()):
-            sandbox.hosts[key] = sandbox._host(key, number, options_from(options))
+        state = sandbox._load()
+        for number, (key, stored) in enumerate(state["hosts"].items()):
+            options = config.Options.load(stored)
+            sandbox.hosts[key] = sandbox._host(key, number, options)
+        for number, key in enumerate(state["clusters"]):
+            sandbox.clusters[key] = sandbox._cluster(key, number)
         return sandbox
 
     # The whole sandbox
@@ -132,6 +137,7 @@ class Sandbox:
         with self._lock():
             self._reclaim()
             self.hosts.clear()
+            self.clusters.clear()
             with contextlib.suppress(OSError):
                 self.root.rmdir()
 
@@ -181,6 +187,23 @@ class Sandbox:
         removed.unmount_storage()
         shutil.rmtree(removed.directory, ignore_errors=True)
 
+    def add_ceph(self, name: str = "ceph") -> ceph.Ceph:
+        """Make a Ceph cluster and start it."""
+        with self._lock():
+            state = self._load()
+            state["clusters"].append(name)
+            self._write_state(state)
+            added = self._cluster(name, len(state["clusters"]) - 1)
+            self.clusters[name] = added
+        added.start()
+        return added
+
+    def remove_ceph(self, name: str) -> None:
+        """End a cluster and delete its files; its name and address stay taken."""
+        removed = self.clusters[name]
+        removed.kill()
+        shutil.rmtree(removed.directory, ignore_errors=True)
+
     # The client's side
 
     def make_pki(self, kind: str) -> Path:
@@ -190,7 +213,7 @@ class Sandbox:
           kind: a value of pki.Kind.
         """
         target = self.pki.parent / kind
-        self._authority.client(target, pki.Kind(kind), service_group())
+        self._authority.client(target, pki.Kind(kind), config.service_group())
         return target
 
     def command(self, argv: Sequence[str], *, user: bool = False) -> list[str]:
@@ -203,7 +226,7 @@ class Sandbox:
         identity: list[str] = []
         if user:
             variables |= {"HOME": str(self.home), "USER": USER, "LOGNAME": USER}
-            groups = f"{USER_ID},{service_group()}"
+            groups = f"{USER_ID},{config.service_group()}"
             identity = ["setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}"]
             identity += [f"--groups={groups}", "--"]
         settings = [f"{key}={value}" for key, value in variables.items()]
@@ -262,8 +285,9 @@ class Sandbox:
         """End and remove whatever is there, an earlier run's too."""
         if not self.directory.exists():
             return
-        for directory in (self.directory / "hosts").glob("*"):
-            namespace.Namespace(directory, ()).stop()
+        for kind in ("hosts", "clusters"):
+            for directory in (self.directory / kind).glob("*"):
+                namespace.Namespace(directory, ()).stop()
         if self._client.is_up():
             spared = process.ancestors()
             members = process.in_namespace("net", self._client.pid)
@@ -278,7 +302,7 @@ class Sandbox:
     def _make(self, owner: process.Record | None) -> None:
         self.directory.mkdir(mode=0o755)
         record = None if owner is None else dataclasses.asdict(owner)
-        self._write_state({"owner": record, "hosts": {}})
+        self._write_state({"owner": record, "hosts": {}, "clusters": []})
         self._write_files()
         self._client.start(self._mounts())
         self._make_bridge()
@@ -302,17 +326,24 @@ class Sandbox:
         return self.hosts[name]
 
     def _host(self, name: str, number: int, options: config.Options) -> host.Host:
-        place = host.Place(
+        place = self._place(f"hosts/{name}", FIRST_HOST + number)
+        return host.Host(name, place, options)
+
+    def _cluster(self, name: str, number: int) -> ceph.Ceph:
+        place = self._place(f"clusters/{name}", FIRST_CLUSTER + number)
+        return ceph.Ceph(name, place)
+
+    def _place(self, directory: str, number: int) -> host.Place:
+        return host.Place(
             sandbox=self.name,
-            directory=self.directory / "hosts" / name,
+            directory=self.directory / directory,
             common=self.directory / "etc",
-            address=self._address(FIRST_HOST + number),
+            address=self._address(number),
             prefix=PREFIX,
             client=self._client,
             authority=self._authority,
             pki=self.pki,
         )
-        return host.Host(name, place, options)
 
     def _address(self, number: int) -> str:
         return f"10.{zlib.crc32(self.name.encode()) % 250 + 1}.77.{number}"
@@ -323,9 +354,8 @@ class Sandbox:
         passwd = f"{USER}:x:{USER_ID}:{USER_ID}::{self.home}:/bin/sh\n"
         (etc / "passwd").write_text(Path("/etc/passwd").read_text() + passwd)
         lines = Path("/etc/group").read_text().splitlines()
-        (etc / "group").write_text(
-            "".join(map(with_user, lines)) + f"{USER}:x:{USER_ID}:\n"
-        )
+        groups = [config.with_member(line, USER) for line in lines]
+        (etc / "group").write_text("".join(groups) + f"{USER}:x:{USER_ID}:\n")
         self._write_names([])
         self.home.mkdir(mode=0o700)
         os.chown(self.home, USER_ID, USER_ID)
@@ -364,28 +394,3 @@ def all_sandboxes() -> list[Sandbox]:
     """Return those that have files, up or not."""
     root = Path(os.environ.get(ROOT_VARIABLE, DEFAULT_ROOT))
     return [Sandbox(path.name) for path in sorted(root.glob("*")) if path.is_dir()]
-
-
-def with_user(line: str) -> str:
-    """Return a line of /etc/group, with our user in the group that needs it."""
-    name, password, number, members = line.split(":")
-    if name == config.SERVICE_GROUP:
-        members = ",".join(filter(None, [members, USER]))
-    return f"{name}:{password}:{number}:{members}\n"
-
-
-def service_group() -> int:
-    """Return the id of the group that may use libvirt."""
-    try:
-        return grp.getgrnam(config.SERVICE_GROUP).gr_gid
-    except KeyError:
-        raise errors.SandboxError(
-            f"there is no group {config.SERVICE_GROUP}; run `make setup`"
-        ) from None
-
-
-def options_from(stored: dict[str, Any]) -> config.Options:
-    """Return a host's options from their stored form."""
-    kind = pki.Kind(stored["server_certificate"])
-    rest = {**stored, "server_certificate": kind, "dn_list": tuple(stored["dn_list"])}
-    return config.Options(**rest)
