@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import types
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from oslo_config import cfg
 
 from sandbox import Host, Sandbox
+from sandbox.ceph import Ceph
 from virtmigrate import conf as options
 from virtmigrate import domainxml
 from virtmigrate.driver import VirtMigrateDriver
@@ -33,6 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def box() -> Iterator[Sandbox]:
     yield Sandbox.attach()
+
+
+@pytest.fixture(scope="session")
+def cluster(box: Sandbox) -> Iterator[Callable[[], Ceph]]:
+    """Returns the Ceph cluster, started when somebody needs it first."""
+    started: list[Ceph] = []
+
+    def start() -> Ceph:
+        if not started:
+            started.append(box.add_ceph())
+        return started[0]
+
+    yield start
+    if started:
+        box.remove_ceph(started[0].name)
 
 
 @pytest.fixture(scope="session")

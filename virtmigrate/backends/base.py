@@ -9,9 +9,8 @@ import abc
 import contextlib
 import enum
 import os
-import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ class Settings:
     busy_timeout: float
     record_grace: float
     traits: tuple[str, ...] = ()
-    options: Mapping[str, Any] = types.MappingProxyType({})
+    options: Mapping[str, Any] = field(default_factory=dict)
     """What only its kind has."""
 
 
@@ -120,7 +119,7 @@ class Backend(abc.ABC):
         self.claims = keeping.Claims()
         """On retired volumes that are being reused or removed."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have none)
         """Close connections of its own."""
 
     # What a kind must say

@@ -105,6 +105,15 @@ class Cluster:
                 raise self._down(doing) from e
             raise errors.StorageError(**where, reason=f"{doing}: {e}") from e
 
+    def create_object(self, namespace: str, name: str, size: int) -> None:
+        """Make an object of size zeros, exclusively; inside translated()."""
+        rados, context = _rados(), self.context(namespace)
+        with rados.WriteOpCtx() as op:
+            op.new(rados.LIBRADOS_CREATE_EXCLUSIVE)
+            if size:
+                op.write(bytes(size))
+            context.operate_write_op(op, name)
+
     def identity(self) -> str:
         """Return what tells this pool from all others: of all clusters."""
         with self.translated("asking for its id"):

@@ -6,6 +6,7 @@ streams for images, and opens all of them when it lists some. Peers make, see an
 remove images through libvirt's pool of the same name.
 """
 
+import calendar
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
@@ -54,8 +55,8 @@ class _ClusterPool(storagepool.Pool):
     def opened(
         self, name: str, doing: str
     ) -> Iterator[tuple[Session, "libvirt.virStorageVol"]]:
-        self._no_streams(name)
-        yield  # type: ignore[misc]
+        """Raise StorageError: libvirt has no streams for these."""
+        yield self._no_streams(name)
 
     def create_overlay(
         self, name: str, size: int, base_path: str, base_format: str
@@ -132,15 +133,8 @@ class ObjectPool(_ClusterPool):
             return [str(each.key) for each in found]
 
     def create_raw(self, name: str, size: int) -> None:
-        from rados import WriteOpCtx
-
         with self.cluster.translated(f"creating {name}", name):
-            context = self.cluster.context(NAMESPACE)
-            with WriteOpCtx() as op:
-                op.new(1)  # exclusively
-                op.zero(0, size)
-                context.operate_write_op(op, name)
-            context.trunc(name, size)
+            self.cluster.create_object(NAMESPACE, name, size)
 
     def delete(self, name: str) -> None:
         with (
@@ -161,8 +155,6 @@ class ObjectPool(_ClusterPool):
             contextlib.suppress(errors.VolumeNotFound),
             self.cluster.translated(f"looking at {name}", name),
         ):
-            import calendar
-
             when = self.cluster.context(NAMESPACE).stat(name)[1]
             return float(calendar.timegm(when))
         return 0.0

@@ -78,8 +78,8 @@ kind_opts = [
     ),
     cfg.StrOpt(
         "rbd_secret_uuid",
-        help="rbd: UUID of the secret of this host's libvirt that holds the user's key. "
-        "Not set: Ceph asks for no authentication.",
+        help="rbd: UUID of the secret of this host's libvirt that holds the user's "
+        "key. Not set: Ceph asks for no authentication.",
     ),
     cfg.FloatOpt(
         "rbd_timeout",

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends of each kind on the real thing, for the contract and for moves.
+
+A new kind adds a function to PLACES.
+"""
+
+import base64
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+import sandbox
+from sandbox.ceph import Ceph
+from virtmigrate import backends, conf, host
+from virtmigrate.backends import base
+
+SECRET = "11111111-cccc-4ccc-8ccc-111111111111"
+
+
+@contextlib.contextmanager
+def of_directory(
+    on: sandbox.Host, name: str, tmp: Path, _: Callable[[], Ceph]
+) -> Iterator[dict[str, Any]]:
+    """Files on the file system of the sandbox."""
+    yield {"kind": "dir", "path": str(on.storage / tmp.name)}
+
+
+@contextlib.contextmanager
+def of_ceph(
+    on: sandbox.Host, name: str, tmp: Path, cluster: Callable[[], Ceph]
+) -> Iterator[dict[str, Any]]:
+    """Images in a pool of their own, of a cluster."""
+    ceph = cluster()
+    if name not in ceph.pools:
+        ceph.create_pool(name)
+        ceph.add_user(name, [name])
+    with libvirt_secret(on, ceph, name):
+        yield {
+            "kind": "rbd",
+            "rbd_pool": name,
+            "rbd_user": name,
+            "rbd_ceph_conf": str(ceph.conf),
+            "rbd_secret_uuid": SECRET,
+            "rbd_timeout": 5.0,
+        }
+
+
+PLACES: dict[str, Callable[..., Any]] = {"dir": of_directory, "rbd": of_ceph}
+
+
+@contextlib.contextmanager
+def libvirt_secret(on: sandbox.Host, ceph: Ceph, user: str) -> Iterator[None]:
+    """Give the key of a user to a host's libvirt."""
+    text = (
+        f"<secret ephemeral='yes' private='yes'><uuid>{SECRET}</uuid>"
+        f"<usage type='ceph'><name>{user}</name></usage></secret>"
+    )
+    conn = libvirt.open(on.local_uri)
+    try:
+        secret = conn.secretDefineXML(text)
+        secret.setValue(base64.b64decode(ceph.key(user)))
+        yield
+        secret.undefine()
+    finally:
+        conn.close()
+
+
+@contextlib.contextmanager
+def backend(
+    kind: str,
+    on: sandbox.Host,
+    opened: host.Host,
+    tmp: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[base.Backend]:
+    """Yield a backend that nobody else has, with its pools made."""
+    name = "b" + tmp.name.encode().hex()[-20:]
+    with PLACES[kind](on, name, tmp, cluster) as values:
+        path = tmp / "virtmigrate.conf"
+        lines = [f"{key} = {value}" for key, value in values.items()]
+        path.write_text(
+            f"[virtmigrate]\nenabled_backends = {name}\nrecord_grace = 1\n"
+            f"[{name}]\nreserved_mib = 1\n" + "\n".join(lines) + "\n"
+        )
+        found = backends.load(conf.load(path), opened)[name]
+        found.ensure()
+        try:
+            yield found
+        finally:
+            found.close()
+            with opened.session("cleaning up") as session:
+                for pool in session.conn.listAllStoragePools(0):
+                    if pool.name().startswith(f"virtmigrate-{name}-"):
+                        pool.destroy()
+                        pool.undefine()

@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backend promises, shown on each kind, on the real thing.
+
+What a kind cannot do it says by its capabilities, and refuses by Unsupported. A new
+kind adds a function to places.py, and not a test.
+"""
+
+import concurrent.futures
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import msgspec
+import pytest
+
+import sandbox
+from sandbox.ceph import Ceph
+from tests.functional import places
+from virtmigrate import domainxml, errors, host, manifest, model, reading, stream
+from virtmigrate.backends import base, keeping
+from virtmigrate.formats import DiskFormat
+from virtmigrate.model import Hold, Proof, Role, VolumeState
+from virtmigrate.units import KiB, MiB
+
+OWNER = "11111111-2222-3333-4444-555555555555"
+OPERATION = "0123456789abcdef"
+OTHER = "fedcba9876543210"
+SIZE = 8 * MiB
+
+
+@pytest.fixture(scope="module")
+def alpha(box: sandbox.Sandbox) -> Iterator[sandbox.Host]:
+    yield box.add_host("con-alpha")
+    box.remove_host("con-alpha")
+
+
+@pytest.fixture(scope="module")
+def here(alpha: sandbox.Host) -> Iterator[host.Host]:
+    with host.Host(alpha.local_uri, name="con-alpha") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", params=sorted(places.PLACES))
+def backend(
+    request: pytest.FixtureRequest,
+    alpha: sandbox.Host,
+    here: host.Host,
+    tmp_path_factory: pytest.TempPathFactory,
+    cluster: Callable[[], Ceph],
+) -> Iterator[base.Backend]:
+    tmp = tmp_path_factory.mktemp(f"con-{request.param}")
+    with places.backend(request.param, alpha, here, tmp, cluster) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(backend: base.Backend) -> Iterator[None]:
+    """Each test begins with an empty backend, and shows that all can be removed."""
+    yield
+    for name in backend.volumes.names():
+        backend.remove(name)
+    for pool in (backend.incoming, backend.disks, backend.volumes.pool):
+        for name in pool.names():
+            pool.delete(name)
+
+
+def volume(backend: base.Backend, name: str = "", **fields: Any) -> model.Volume:
+    name = name or f"vda.{OPERATION}"
+    made = model.Volume(
+        name=name,
+        pool=backend.incoming.name,
+        path=backend.incoming.volume_path(name),
+        format=DiskFormat.RAW,
+        role=Role.ROOT,
+        size=SIZE,
+        state=VolumeState.INCOMPLETE,
+        owner=OWNER,
+        operation=OPERATION,
+        origin="alpha",
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+def content(seed: int = 1, size: int = SIZE) -> bytes:
+    """Data at both ends and in the middle, and holes between."""
+    rng = random.Random(seed)
+    data = bytearray(size)
+    for start in (0, size // 2 + 4 * KiB, size - 64 * KiB):
+        data[start : start + 64 * KiB] = rng.randbytes(64 * KiB)
+    return bytes(data)
+
+
+def told(data: bytes) -> manifest.Manifest:
+    found = manifest.Manifest(len(data))
+    for index in range(found.count):
+        start, end = found.span(index)
+        found.add(index, data[start:end])
+    return found
+
+
+def fill(backend: base.Backend, name: str, data: bytes, tmp: Path) -> None:
+    """Write data as spawning does."""
+    path = tmp / "data"
+    path.write_bytes(data)
+    with stream.Mover() as mover:
+        mover.copy(reading.FileSource(path, len(data)), backend.target(name, len(data)))
+
+
+def arrived(backend: base.Backend, name: str) -> manifest.Manifest:
+    with stream.Mover() as mover, backend.arrived(name) as found:
+        assert found.flush()
+        return mover.survey(found.source)
+
+
+def settled(backend: base.Backend, tmp: Path, **fields: Any) -> model.Volume:
+    """A usable volume with content, as an arrival leaves it."""
+    data = fields.pop("data", content())
+    made = volume(backend, **fields)
+    backend.allocate(
+        msgspec.structs.replace(made, state=VolumeState.INCOMPLETE, size=len(data))
+    )
+    fill(backend, made.name, data, tmp)
+    pool, path = backend.accept(made.name)
+    backend.keep_manifest(made.name, told(data))
+    state = made.state
+    if state is VolumeState.INCOMPLETE:
+        state = VolumeState.USABLE
+    return backend.update(
+        msgspec.structs.replace(
+            made,
+            pool=pool,
+            path=path,
+            size=len(data),
+            state=state,
+            durable=backend.persist(pool, made.name),
+            digest=told(data).digest(),
+        )
+    )
+
+
+def read(backend: base.Backend, found: model.Volume) -> manifest.Manifest:
+    with stream.Mover() as mover:
+        return mover.survey(backend.source(found, found.size))
+
+
+# Making and filling
+
+
+def test_making_it_again_changes_nothing(backend: base.Backend) -> None:
+    backend.allocate(volume(backend))
+    backend.ensure()
+    assert backend.volumes.names() == [f"vda.{OPERATION}"]
+
+
+def test_a_new_volume_is_zeros_of_its_size(backend: base.Backend) -> None:
+    made = backend.allocate(volume(backend))
+    assert backend.incoming.physical(made.name) == SIZE
+    assert arrived(backend, made.name).root() == manifest.Manifest(SIZE).root()
+    assert backend.volumes.read(made.name).body.state is VolumeState.INCOMPLETE
+
+
+def test_a_name_is_taken_once(backend: base.Backend, tmp_path: Path) -> None:
+    made = backend.allocate(volume(backend))
+    fill(backend, made.name, content(), tmp_path)
+    with pytest.raises((errors.VolumeExists, errors.RecordConflict)):
+        backend.allocate(volume(backend))
+    with pytest.raises(errors.VolumeExists):
+        backend.incoming.create_raw(made.name, SIZE)
+    assert arrived(backend, made.name).root() == told(content()).root()
+
+
+def test_of_many_one_makes_it(backend: base.Backend) -> None:
+    start = threading.Barrier(4, timeout=20)
+
+    def make(number: int) -> bool:
+        start.wait()
+        try:
+            backend.incoming.create_raw("race", MiB)
+        except errors.VolumeExists:
+            return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert sorted(threads.map(make, range(4))) == [False, False, False, True]
+
+
+def test_what_is_written_is_read(backend: base.Backend, tmp_path: Path) -> None:
+    made = backend.allocate(volume(backend))
+    fill(backend, made.name, content(), tmp_path)
+    found = arrived(backend, made.name)
+    assert found.root() == told(content()).root()
+
+
+def test_holes_are_not_read(backend: base.Backend, tmp_path: Path) -> None:
+    size = 64 * MiB
+    made = backend.allocate(volume(backend, size=size))
+    fill(backend, made.name, content(size=size), tmp_path)
+    if backend.capabilities.thick:
+        return
+    with stream.Mover() as mover, backend.arrived(made.name) as found:
+        mover.survey(found.source)
+    assert mover.account.figures().read <= 16 * MiB
+    assert backend.incoming.allocated(made.name) <= 16 * MiB
+
+
+def test_what_is_not_there_is_said(backend: base.Backend) -> None:
+    with pytest.raises(errors.VolumeNotFound, match="nothing"):
+        backend.incoming.physical("nothing")
+    with pytest.raises(errors.VolumeNotFound), backend.arrived("nothing") as found:
+        found.source.__enter__()
+    backend.incoming.delete("nothing")
+
+
+# Becoming a disk
+
+
+def test_accepted_is_a_disk(backend: base.Backend, tmp_path: Path) -> None:
+    found = settled(backend, tmp_path)
+    assert backend.accept(found.name) == (found.pool, found.path)
+    assert found.durable
+    assert read(backend, found).root() == told(content()).root()
+
+
+def test_a_domain_runs_on_it(
+    backend: base.Backend, alpha: sandbox.Host, tmp_path: Path
+) -> None:
+    """QEMU opens the layer that the backend names, and holds it."""
+    found = settled(backend, tmp_path)
+    (layer,) = backend.layers(found.name)
+    assert layer.fmt is DiskFormat.RAW
+    text = domainxml.build(
+        domainxml.Domain(
+            uuid=OWNER,
+            name="contract",
+            memory=64 * MiB,
+            vcpus=1,
+            virt_type="qemu",
+            machine="q35",
+            disks=(domainxml.Disk(target="vda", chain=(layer,)),),
+        )
+    )
+    conn = libvirt.open(alpha.local_uri)
+    try:
+        domain = conn.createXML(text, libvirt.VIR_DOMAIN_START_PAUSED)
+        try:
+            assert domain.blockInfo("vda")[0] == SIZE
+            assert f"<source {'file' if layer.source[0] == '/' else 'p'}" in text
+        finally:
+            domain.destroy()
+    finally:
+        conn.close()
+
+
+def test_removed_is_gone(backend: base.Backend, tmp_path: Path) -> None:
+    found = settled(backend, tmp_path)
+    for _ in range(2):
+        backend.remove(found.name)
+        assert backend.volumes.find(found.name) is None
+        assert found.name not in backend.disks.names()
+        assert backend.volumes.pool.names() == []
+
+
+# Growing
+
+
+def test_it_grows_by_zeros(backend: base.Backend, tmp_path: Path) -> None:
+    made = backend.allocate(volume(backend))
+    fill(backend, made.name, content(), tmp_path)
+    for size in (2 * SIZE, 2 * SIZE, SIZE):
+        backend.grow(made.name, size)
+        assert backend.incoming.physical(made.name) == 2 * SIZE
+        grown = content() + bytes(SIZE)
+        assert arrived(backend, made.name).root() == told(grown).root()
+
+
+# Records
+
+
+def test_a_record_is_swapped_by_one(backend: base.Backend) -> None:
+    backend.volumes.publish("vol", volume(backend, "vol"))
+    start = threading.Barrier(4, timeout=20)
+
+    def publish(number: int) -> bool:
+        start.wait()
+        body = volume(backend, "vol", size=number)
+        with contextlib.suppress(errors.RecordConflict):
+            backend.volumes.publish("vol", body, after=1)
+            return True
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        won = list(threads.map(publish, range(4)))
+    assert won.count(True) == 1
+    assert backend.volumes.read("vol").body.size == won.index(True)
+
+
+def test_a_torn_record_leaves_the_older(backend: base.Backend) -> None:
+    backend.volumes.publish("vol", volume(backend, "vol"))
+    pool = backend.volumes.pool
+    pool.create_raw("vol.rec.2", 4096)
+    pool.write("vol.rec.2", b"virtmigrate-record 1 2")
+    assert backend.volumes.read("vol").generation == 1
+    backend.volumes.publish("vol", volume(backend, "vol", size=7), after=1)
+    assert backend.volumes.read("vol").body.size == 7
+
+
+def test_a_manifest_is_believed_when_it_is_proven(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path)
+    kept = backend.manifest(found.name)
+    assert kept is not None and kept.root() == told(content()).root()
+    backend.update(msgspec.structs.replace(found, proof=Proof.SAMPLED))
+    assert backend.manifest(found.name) is None
+    other = told(content(2)).digest()
+    backend.update(msgspec.structs.replace(found, digest=other))
+    assert backend.manifest(found.name) is None
+
+
+def test_records_last_longer_than_a_connection(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path)
+    backend.close()
+    backend.host.close()
+    assert backend.volumes.read(found.name).body == found
+    assert read(backend, found).root() == told(content()).root()
+
+
+# Keeping a state
+
+
+def test_a_state_is_kept_or_refused(backend: base.Backend, tmp_path: Path) -> None:
+    found = settled(backend, tmp_path)
+    if not backend.capabilities.snapshots:
+        for call in (backend.keep_state, backend.restore_state, backend.drop_state):
+            with pytest.raises(errors.Unsupported, match=backend.name):
+                call(found.name, OPERATION)
+        return
+    for _ in range(2):
+        backend.keep_state(found.name, OPERATION)
+    backend.grow(found.name, 2 * SIZE)
+    fill(backend, found.name, content(2), tmp_path)
+    for _ in range(2):
+        backend.restore_state(found.name, OPERATION)
+        assert read(backend, found).root() == told(content()).root()
+    # Nothing is kept any more: what is written now stays.
+    fill(backend, found.name, content(3), tmp_path)
+    backend.restore_state(found.name, OPERATION)
+    expected = told(bytes(a | b for a, b in zip(content(), content(3), strict=True)))
+    assert read(backend, found).root() != told(content()).root()
+    assert expected.size == SIZE
+
+
+def test_a_state_is_dropped(backend: base.Backend, tmp_path: Path) -> None:
+    if not backend.capabilities.snapshots:
+        pytest.skip("kept states are refused, see above")
+    found = settled(backend, tmp_path)
+    backend.keep_state(found.name, OPERATION)
+    backend.keep_state(found.name, OTHER)
+    for _ in range(2):
+        backend.drop_state(found.name, OPERATION)
+    fill(backend, found.name, content(2), tmp_path)
+    backend.restore_state(found.name, OPERATION)
+    assert read(backend, found).root() != told(content()).root()
+    backend.restore_state(found.name, OTHER)
+    assert read(backend, found).root() == told(content()).root()
+    backend.drop_state("nothing", OPERATION)
+
+
+def test_a_layer_is_put_over_it_or_refused(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path)
+    top = volume(backend, "top.x", format=DiskFormat.QCOW2, backing=found.name)
+    top = msgspec.structs.replace(top, pool=found.pool)
+    if not backend.capabilities.overlays:
+        with pytest.raises(errors.Unsupported, match=backend.name):
+            backend.overlay(top, found)
+        assert backend.volumes.find("top.x") is None
+        return
+    backend.overlay(top, found)
+    assert [each.fmt for each in backend.layers("top.x")] == [
+        DiskFormat.QCOW2,
+        DiskFormat.RAW,
+    ]
+
+
+# What earlier moves left
+
+
+def test_what_is_retired_becomes_incoming(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path, name="vda.old", state=VolumeState.RETIRED)
+    assert [each.name for each in backend.retired(OWNER)] == ["vda.old"]
+    aside, name = f"vda-r1.{OPERATION}", f"vda.{OPERATION}"
+    set_aside = backend.set_aside(found, aside, name, 2 * SIZE)
+    assert set_aside is base.Reuse.MOVED
+    # Who was killed then finds it, and knows nothing of its bytes.
+    again = backend.set_aside(found, aside, name, 2 * SIZE)
+    assert again is base.Reuse.UNPROVEN
+    backend.switch(aside, name)
+    again = backend.set_aside(found, aside, name, 2 * SIZE)
+    assert again is base.Reuse.SWITCHED
+    backend.remove(found.name)
+    assert arrived(backend, name).root() == told(content() + bytes(SIZE)).root()
+    backend.incoming.delete(name)
+    assert backend.set_aside(found, aside, name, SIZE) is base.Reuse.GONE
+
+
+def test_what_the_source_made_is_not_replaced(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path, name="vda.old", state=VolumeState.RETIRED)
+    aside, name = f"vda-r1.{OPERATION}", f"vda.{OPERATION}"
+    backend.set_aside(found, aside, name, SIZE)
+    backend.incoming.create_raw(name, SIZE)
+    with pytest.raises(errors.VolumeExists):
+        backend.switch(aside, name)
+    assert arrived(backend, name).root() == manifest.Manifest(SIZE).root()
+
+
+def test_the_oldest_goes_first(backend: base.Backend, tmp_path: Path) -> None:
+    for number, owner in enumerate((OWNER, "b", "c")):
+        name = f"vda.{number}"
+        settled(backend, tmp_path, name=name, owner=owner, state=VolumeState.RETIRED)
+    asked: list[int] = []
+
+    def enough(freed: int) -> bool:
+        asked.append(freed)
+        return len(asked) > 2
+
+    assert backend.reclaim(enough, last=OWNER) > 0
+    assert [each.name for each in backend.retired()] == ["vda.0"]
+
+
+def test_an_image_is_held(backend: base.Backend, tmp_path: Path) -> None:
+    found = settled(backend, tmp_path, name="image", role=Role.IMAGE)
+    assert found.digest is not None
+    wanted = keeping.Image(found.digest.root, found.format, found.size)
+    hold = Hold(operation=OPERATION, until=2**40)
+    assert backend.images.hold(wanted, hold) == "image"
+    assert backend.volumes.read("image").body.holds == (hold,)
+    assert backend.images.release(OPERATION) == 1
+    assert backend.volumes.read("image").body.holds == ()
+
+
+# Storage
+
+
+def test_room_is_counted(backend: base.Backend) -> None:
+    room = backend.disks.room()
+    assert 0 < room.free <= room.capacity
+    assert backend.room() == room.free - backend.settings.reserved
+    assert backend.storage() == backend.storage() != ""
+
+
+def test_libvirt_sees_what_we_make(backend: base.Backend, alpha: sandbox.Host) -> None:
+    """Peers prove by it that they have the same storage, and make volumes."""
+    name = f"virtmigrate-{backend.name}-incoming"
+    if backend.incoming.name != name:
+        name = backend.incoming.name
+    conn = libvirt.open(alpha.uri)
+    try:
+        pool = conn.storagePoolLookupByName(name)
+        with backend.incoming.nonce() as nonce:
+            pool.refresh(0)
+            assert nonce in {each.name() for each in pool.listAllVolumes(0)}
+        text = "<volume><name>theirs</name><capacity>1048576</capacity></volume>"
+        pool.createXML(text, 0)
+        assert backend.incoming.physical("theirs") == MiB
+        pool.storageVolLookupByName("theirs").delete(0)
+        assert "theirs" not in backend.incoming.names()
+    finally:
+        conn.close()
