@@ -132,6 +132,11 @@ class Ceph:
         """Return whether the cluster's namespaces are there."""
         return self._namespace.is_up()
 
+    @property
+    def pid(self) -> int:
+        """The pid of the cluster's first process."""
+        return self._namespace.pid
+
     def freeze(self) -> None:
         """Stop the OSD's execution: requests wait, and are answered after thaw()."""
         os.kill(self._daemon("ceph-osd").pid, signal.SIGSTOP)
@@ -177,7 +182,7 @@ class Ceph:
                 file.write(path.read_text())
 
     def _connect_bridge(self) -> None:
-        peer = ["name", "eth0", "netns", str(self._namespace.pid)]
+        peer = ["name", "eth0", "netns", str(self.pid)]
         veth = ["type", "veth", "peer", *peer]
         process.run(self._client("ip", "link", "add", self._port, *veth))
         bridge = ["master", host.BRIDGE, "up"]
@@ -213,7 +218,7 @@ class Ceph:
             self.run(["rbd", "ls", "--pool", pool], timeout=rest)
 
     def _daemon(self, program: str) -> process.Record:
-        for record in process.in_namespace("pid", self._namespace.pid):
+        for record in process.in_namespace("pid", self.pid):
             if process.name_of(record.pid) == program:
                 return record
         raise errors.SandboxError(f"{program} of {self.name} does not run")

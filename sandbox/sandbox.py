@@ -189,6 +189,8 @@ class Sandbox:
 
     def add_ceph(self, name: str = "ceph") -> ceph.Ceph:
         """Make a Ceph cluster and start it."""
+        if not NAME.fullmatch(name):
+            raise errors.SandboxError(f"not a name for a cluster: {name!r}")
         with self._lock():
             state = self._load()
             state["clusters"].append(name)
