@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Ceph cluster beside the hosts: one monitor, one OSD that keeps all in memory.
 
-Clients have to authenticate (cephx). There is no manager, so what only it counts
-(the bytes used, the health) stays at zero; images, snapshots, clones, locks and
-the block list need none.
+Clients have to authenticate (cephx). A manager without modules counts the bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ START_TIMEOUT = 20.0
 STOP_TIMEOUT = 60.0  # the OSD writes what it holds to its directory
 MONITOR_CAPS = {"mon": "allow *"}
 ADMIN_CAPS = {"mon": "allow *", "osd": "allow *", "mgr": "allow *", "mds": "allow *"}
+MANAGER_CAPS = {"mon": "allow profile mgr", "osd": "allow *"}
 OSD_CAPS = {"mon": "allow profile osd", "osd": "allow *"}
 
 
@@ -112,6 +111,7 @@ class Ceph:
         else:
             self._start_daemon("mon", "a")
             self._start_daemon("osd", "0")
+            self._start_daemon("mgr", "a")
         self._wait_ready()
 
     def stop(self) -> None:
@@ -119,6 +119,7 @@ class Ceph:
         if not self.is_up():
             return
         self._shut("ceph-osd")
+        self._shut("ceph-mgr")
         self._shut("ceph-mon")
         self._clean.touch()
         self._end()
@@ -168,17 +169,18 @@ class Ceph:
 
     def _write_files(self) -> None:
         shutil.rmtree(self._data, ignore_errors=True)
-        for path in (self.logs, self._data / "mon", self._data / "osd"):
+        for path in (self.logs, *(self._data / kind for kind in ("mon", "mgr", "osd"))):
             path.mkdir(parents=True, exist_ok=True)
         self.conf.write_text(configuration(self))
         write_keyring(self._data / "mon.keyring", "mon.", MONITOR_CAPS)
         write_keyring(self._data / "osd/keyring", "osd.0", OSD_CAPS)
+        write_keyring(self._data / "mgr/keyring", "mgr.a", MANAGER_CAPS)
         write_keyring(self.keyring(ADMIN), f"client.{ADMIN}", ADMIN_CAPS)
         write_keyring(self.keyring(), f"client.{USER}", user_caps([POOL]))
         # The monitor begins with all that its keyring names.
         users = sorted(self.directory.glob("ceph.client.*.keyring"))
         with (self._data / "mon.keyring").open("a") as file:
-            for path in (self._data / "osd/keyring", *users):
+            for path in (*self._data.glob("*/keyring"), *users):
                 file.write(path.read_text())
 
     def _connect_bridge(self) -> None:
@@ -205,6 +207,7 @@ class Ceph:
         self.run(["ceph", "osd", "new", number, "0"])
         self._inside("ceph-osd", *conf, "--id", "0", "--mkfs", "--osd-uuid", number)
         self._start_daemon("osd", "0")
+        self._start_daemon("mgr", "a")
         self.create_pool(POOL)
 
     def _start_daemon(self, kind: str, number: str) -> None:
@@ -216,6 +219,13 @@ class Ceph:
         for pool in self.pools:
             rest = max(deadline - time.monotonic(), 0.1)
             self.run(["rbd", "ls", "--pool", pool], timeout=rest)
+        rest = max(deadline - time.monotonic(), 0.1)
+        process.wait_until(self._counts, rest, f"the room of {self.name}")
+
+    def _counts(self) -> bool:
+        """Return whether the manager has told the monitor what room there is."""
+        found = json.loads(self.run(["ceph", "df", "--format", "json"]))
+        return int(found["stats"]["total_bytes"]) > 0
 
     def _daemon(self, program: str) -> process.Record:
         for record in process.in_namespace("pid", self.pid):
@@ -263,6 +273,14 @@ mon osd initial require min compat client = mimic
 osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg autoscale mode = off
+
+[mgr]
+mgr data = {directory}/data/mgr
+keyring = {directory}/data/mgr/keyring
+log file = {directory}/log/mgr.log
+mgr initial modules =
+mgr tick period = 1
+mgr stats period = 1
 
 [osd]
 osd data = {directory}/data/osd

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves from any kind of backend to any other: the guest sees the same bytes."""
+
+import contextlib
+import hashlib
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+
+import sandbox
+from sandbox.ceph import Ceph
+from tests.functional import places
+from virtmigrate import conf, errors, manifest, model, stream
+from virtmigrate.driver import VirtMigrateDriver
+from virtmigrate.model import TransferState
+from virtmigrate.progress import Progress
+from virtmigrate.units import MiB
+
+SIZE = 24 * MiB
+PAIRS = [("dir", "rbd"), ("rbd", "dir"), ("rbd", "rbd")]
+"""Kinds of backends at the source and at the peer."""
+
+
+@pytest.fixture(scope="module")
+def hosts(box: sandbox.Sandbox) -> Iterator[tuple[sandbox.Host, sandbox.Host]]:
+    yield box.add_host("kind-alpha"), box.add_host("kind-beta")
+    box.remove_host("kind-alpha")
+    box.remove_host("kind-beta")
+
+
+class Side:
+    """One host, with a backend for files and one for disks."""
+
+    def __init__(
+        self, host: sandbox.Host, tmp: Path, disks: dict[str, Any], name: str
+    ) -> None:
+        self.host = host
+        self.name = name
+        self.path = host.storage / f"kinds-{uuid.uuid4().hex[:8]}"
+        lines = [f"{key} = {value}" for key, value in disks.items()]
+        self.config = tmp / "virtmigrate.conf"
+        self.config.parent.mkdir()
+        self.config.write_text(
+            f"[virtmigrate]\nuri = {host.local_uri}\naddress = {host.name}\n"
+            f"virt_type = qemu\nstate_path = {tmp}/state\n"
+            f"peer_uri = {host.uri.replace(host.name, '{dest}', 1)}\n"
+            f"enabled_backends = files, {name}\nfile_backend = files\n"
+            "call_timeout = 15\nconnect_timeout = 5\nrecord_grace = 2\n"
+            "settle_interval = 0\nretry_timeout = 0\nresume_age = 0\n"
+            "receiver_timeout = 10\n"
+            f"[files]\npath = {self.path}\n[{name}]\n" + "\n".join(lines) + "\n"
+        )
+        self.moved: list[Progress] = []
+        self.driver = VirtMigrateDriver(
+            conf=conf.load(self.config), progress=self._progress
+        )
+        self.driver.init_host(host.name)
+
+    def close(self) -> None:
+        self.driver.cleanup_host(self.host.name)
+        with self.libvirt() as conn:
+            for domain in conn.listAllDomains(0):
+                if domain.isActive():
+                    domain.destroy()
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.undefine()
+            for pool in conn.listAllStoragePools(0):
+                pool.destroy()
+                pool.undefine()
+
+    @contextlib.contextmanager
+    def libvirt(self) -> Iterator["libvirt.virConnect"]:
+        conn = libvirt.open(self.host.local_uri)
+        try:
+            yield conn
+        finally:
+            conn.close()
+
+    def state_of(self, instance: Any) -> str | None:
+        names = {1: "running", 3: "paused", 5: "shutoff"}
+        with self.libvirt() as conn:
+            try:
+                return names.get(conn.lookupByUUIDString(instance.uuid).state()[0])
+            except libvirt.libvirtError:
+                return None
+
+    def disk(self, instance: Any, target: str = "vda") -> tuple[str, model.Volume]:
+        """The backend and the record of a disk."""
+        here = self.driver.node
+        refs = here.instances.read(instance.uuid).body.disks
+        (ref,) = (each for each in refs if each.target == target)
+        return ref.backend, here.backend(ref.backend).volumes.read(ref.volume).body
+
+    def root(self, instance: Any, target: str = "vda") -> str:
+        """Digest of all that a disk holds, as its guest sees it."""
+        name, volume = self.disk(instance, target)
+        backend = self.driver.node.backend(name)
+        with stream.Mover() as mover:
+            return mover.survey(backend.source(volume, volume.size)).root()
+
+    def volumes(self) -> set[str]:
+        """All that lies in the backends."""
+        found = set()
+        for backend in self.driver.node.backends.values():
+            for pool in (backend.disks, backend.incoming, backend.volumes.pool):
+                found |= {f"{backend.name}/{each}" for each in pool.names()}
+        return found
+
+    def _progress(self) -> Progress:
+        self.moved.append(Progress())
+        return self.moved[-1]
+
+
+class Kinds:
+    """Two sides, and an instance that moves between them."""
+
+    def __init__(self, a: Side, b: Side, tmp: Path) -> None:
+        self.a = a
+        self.b = b
+        self.image = tmp / "image"
+        data = hashlib.shake_128(b"kinds").digest(3 * MiB)
+        with self.image.open("wb") as file:
+            file.truncate(SIZE)
+            file.write(data)
+            file.seek(SIZE - MiB)
+            file.write(data[:MiB])
+
+    def spawn(self, **fields: Any) -> Any:
+        made = types.SimpleNamespace(
+            uuid=str(uuid.uuid4()),
+            name=f"guest-{uuid.uuid4().hex[:6]}",
+            flavor=self.flavor(self.a),
+            **fields,
+        )
+        meta = {"path": str(self.image), "disk_format": "raw"}
+        self.a.driver.spawn(None, made, meta)
+        return made
+
+    def flavor(self, side: Side, **values: int) -> Any:
+        fields = {"memory_mb": 64, "vcpus": 1, "root_gb": 0, "ephemeral_gb": 0}
+        specs = {"virtmigrate:backend": side.name}
+        return types.SimpleNamespace(**{**fields, **values}, extra_specs=specs)
+
+    def move(self, instance: Any, **values: int) -> None:
+        ticket = self.a.driver.migrate_disk_and_power_off(
+            None, instance, self.b.host.name, self.flavor(self.b, **values), None
+        )
+        self.b.driver.finish_migration(None, None, instance, ticket, None)
+
+    def sent(self) -> int:
+        """Bytes that the last move sent."""
+        return self.a.moved[-1].report().sent
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def kinds(
+    request: pytest.FixtureRequest,
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[Kinds]:
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for side, kind, host in zip("ab", request.param, hosts, strict=True):
+            place = places.PLACES[kind](host, "kinds", tmp_path / side, cluster)
+            values = stack.enter_context(place)
+            sides.append(Side(host, tmp_path / side, values, f"the{kind}"))
+            stack.callback(sides[-1].close)
+        yield Kinds(sides[0], sides[1], tmp_path)
+
+
+def is_shared(kinds: Kinds) -> bool:
+    found = [
+        each.driver.node.backends[each.name].storage() for each in (kinds.a, kinds.b)
+    ]
+    return found[0] == found[1]
+
+
+def test_moved_and_confirmed(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    before = kinds.a.root(instance)
+    assert kinds.a.disk(instance)[0] == kinds.a.name
+    kinds.move(instance)
+    assert kinds.b.state_of(instance) == "running"
+    assert kinds.b.root(instance) == before
+    assert kinds.b.disk(instance)[0] == kinds.b.name
+    assert (kinds.sent() == 0) == is_shared(kinds)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.settle()
+    assert kinds.b.root(instance) == before
+    if not is_shared(kinds):
+        assert not [name for name in kinds.a.volumes() if "vda" in name]
+    kinds.b.driver.destroy(None, instance, None)
+    for side in (kinds.a, kinds.b):
+        assert not [name for name in side.volumes() if "vda" in name]
+
+
+def test_moved_and_reverted(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    before, volumes = kinds.a.root(instance), kinds.a.volumes()
+    kinds.move(instance)
+    spoil(kinds.b, instance)
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.a.driver.finish_revert_migration(None, instance)
+    assert kinds.a.state_of(instance) == "running"
+    assert kinds.b.state_of(instance) is None
+    assert kinds.a.root(instance) == before
+    assert {n for n in kinds.a.volumes() if ".rec." not in n} == {
+        n for n in volumes if ".rec." not in n
+    }
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_resized(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    before = kinds.a.root(instance)
+    kinds.move(instance, root_gb=1, memory_mb=80)
+    name, volume = kinds.b.disk(instance)
+    assert (name, volume.size) == (kinds.b.name, 1024 * MiB)
+    assert kinds.b.state_of(instance) == "running"
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.a.driver.finish_revert_migration(None, instance)
+    assert kinds.a.disk(instance)[1].size == SIZE
+    assert kinds.a.root(instance) == before
+    kinds.move(instance, root_gb=1)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    grown = manifest.Manifest(1024 * MiB)
+    assert kinds.b.root(instance) != grown.root()
+    kinds.b.driver.destroy(None, instance, None)
+
+
+def test_a_failed_move_leaves_nothing(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    before = kinds.a.root(instance)
+    there = kinds.b.volumes()
+    kinds.a.driver._progress = lambda: Cancelling()
+    with pytest.raises((errors.MigrationError, errors.Cancelled)):
+        kinds.move(instance)
+    kinds.a.driver.settle()
+    assert kinds.a.state_of(instance) == "running"
+    assert kinds.a.root(instance) == before
+    left = {n for n in kinds.b.volumes() if ".rec." not in n}
+    assert left == {n for n in there if ".rec." not in n}
+    kinds.a.driver.destroy(None, instance, None)
+
+
+class Cancelling(Progress):
+    """Somebody cancels when the right is about to be given."""
+
+    def phase(self, name: str, total: int = 0) -> None:
+        super().phase(name, total)
+        if name == "handing over":
+            self.cancel()
+
+
+def spoil(side: Side, instance: Any) -> None:
+    """Write to a disk as its guest would."""
+    name, volume = side.disk(instance)
+    backend = side.driver.node.backend(name)
+    with side.libvirt() as conn:
+        conn.lookupByUUIDString(instance.uuid).suspend()
+    target = backend.target(volume.name, volume.size)
+    if backend.disks.name != backend.incoming.name:
+        with Path(volume.path).open("r+b") as file:
+            file.write(b"spoilt")
+        return
+    with target.writer(volume.size, lambda: None) as writer:
+        writer.write(0, b"spoilt")
+
+
+def test_the_state_is_one_of_the_transfer(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.move(instance)
+    (stored,) = (
+        each
+        for each in kinds.b.driver.node.mailbox.open_transfers()
+        if each.body.instance == instance.uuid
+    )
+    assert stored.body.state is TransferState.SETTLED
+    (sent,) = (v for v in stored.body.volumes if v.target == "vda")
+    assert (sent.backend, sent.shared) == (kinds.b.name, is_shared(kinds))
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
