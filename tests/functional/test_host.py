@@ -404,11 +404,11 @@ def test_stream_outlasts_deadline(reached: host.Host, volume: str) -> None:
 
 def test_session_rests_beyond_an_inner_one(reached: host.Host) -> None:
     """Who waits for something else is not cut because it asked the host meanwhile."""
-    with reached.session("resting", timeout=0.3) as session:
+    with reached.session("resting", timeout=2.0) as session:
         session.rest()
-        with reached.session("asking") as inner:
+        with reached.session("asking", timeout=10) as inner:
             inner.conn.getVersion()
-        time.sleep(0.8)
+        time.sleep(2.5)
         session.touch()
         assert session.conn.getVersion()
 

@@ -1117,7 +1117,7 @@ def test_import(place: Place, access: str) -> None:
     piece = request.piece_name(arrived.name, 3)
     for start in range(0, len(data), MiB):
         part = data[start : start + MiB]
-        place.put(part, piece, size=2 * MiB).write_bytes(part.ljust(2 * MiB, b"old"))
+        place.put(part, piece, size=2 * MiB).write_bytes(part.ljust(2 * MiB, b"o"))
         wanted: dict[str, Any] = {"volume": arrived.name, "piece": piece}
         # Again, as after a death before the answer.
         for _ in range(2):
