@@ -236,6 +236,7 @@ class Ceph:
     def _shut(self, program: str) -> None:
         record = self._daemon(program)
         os.kill(record.pid, signal.SIGTERM)
+        os.kill(record.pid, signal.SIGCONT)  # it may be frozen
         process.wait_until(
             lambda: not record.is_alive(),
             STOP_TIMEOUT,
