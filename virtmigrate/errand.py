@@ -181,6 +181,8 @@ class Errands:
 
     def _import(self, errand: _Errand) -> Outcome:
         wanted, name = errand.request, errand.volume().name
+        if errand.backend.capabilities.streams:
+            raise Refused("streams reach this backend: it takes no pieces")
         numbers = range(request.PIECES)
         if wanted.piece not in {request.piece_name(name, n) for n in numbers}:
             raise Refused("the piece is none of this volume's")
@@ -331,9 +333,9 @@ class Errands:
     def _place(self, wanted: Request, transfer: model.Transfer) -> base.Backend:
         """Return the backend in which something is wanted."""
         found = [v.backend for v in transfer.volumes if v.name == wanted.volume]
-        if wanted.verb is Verb.RELEASE:
-            return self._here.files
-        return self._backend(found[0] if found else wanted.backend)
+        name = found[0] if found else wanted.backend
+        # Without any the volume is refused, by its name.
+        return self._backend(name) if name else self._here.files
 
     def _backend(self, name: str) -> base.Backend:
         backend = self._here.backends.get(name)

@@ -277,7 +277,7 @@ driver = killed.driver(plan["a"])
 def listen(report):
     if report.phase.startswith("copying") and report.done >= {share} * report.total:
         # At once: several threads may come by here.
-        os.write(1, b"%d\n" % progress.sent)
+        os.write(1, b"%d\\n" % progress.sent)
         os.kill(os.getpid(), signal.SIGKILL)
 progress = Progress(listen, interval=0)
 driver._progress = lambda: progress
