@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="run the long counts, too, and all kills"
     )
+    parser.addoption(
+        "--part",
+        default="0/1",
+        help="of the kills of --full take those that leave N when divided by M: N/M",
+    )
 
 
 @pytest.fixture(scope="session")

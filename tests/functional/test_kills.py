@@ -15,7 +15,7 @@ from virtmigrate import errors
 from virtmigrate.units import MiB
 
 SEED = 20
-"""Chooses the points per case that `make test` kills at; --full takes all."""
+"""Chooses the points per case that `make test` kills at; --full takes all, or the --part."""
 
 
 @pytest.mark.parametrize("power", ["running", "paused", "off"])
@@ -30,6 +30,8 @@ def test_killed(
     count = Case(world, then, power).run(0)
     assert count is not None and count > 50
     points = list(range(1, count + 1))
+    part, parts = map(int, request.config.getoption("--part").split("/"))
+    points = [point for point in points if point % parts == part]
     if not request.config.getoption("--full"):
         points = sorted(random.Random(f"{SEED}{then}{power}{place}").sample(points, 2))
     for point in points:
