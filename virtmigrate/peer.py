@@ -290,7 +290,13 @@ class Peer:
                 self.remove(cards[volume.backend], volume.name)
 
     def forget(self, operation: str) -> None:
-        """Remove the transfer's record: it is over."""
+        """Remove the transfer's record: it is over.
+
+        And before it what a killed attempt asked and did not take away.
+        """
+        for name in self._mailbox.pool.names():
+            if request.operation_of(name) == operation:
+                self._mailbox.pool.delete(name)
         self.transfers.remove(operation)
         self._helps.pop(operation, None)
 

@@ -32,7 +32,7 @@ class Demand:
         wanted = [f"named {self.backend}"] if self.backend else []
         if self.traits:
             wanted.append(f"with {', '.join(sorted(self.traits))}")
-        return " ".join(["a backend", *wanted])
+        return " ".join(["backend", *wanted])
 
 
 ANY = Demand()

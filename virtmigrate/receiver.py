@@ -43,7 +43,6 @@ _AWAY = (errors.HostUnreachable, errors.HostTimeout, errors.PoolBusy)
 """Not of one volume alone: all wait until the host is back."""
 
 _RECORD = re.compile(r"([0-9a-f]{16})\.rec\.([1-9][0-9]{0,17})")
-_OURS = re.compile(r"([0-9a-f]{16})\.[0-9]{1,2}\.(request|answer)")
 
 
 class Receiver:
@@ -270,7 +269,8 @@ class Receiver:
     def _sweep(self, names: list[str], known: set[str]) -> None:
         """Remove what lies there for long without a transfer that it is of."""
         now = time.monotonic()
-        ours = [n for n in names if (m := _OURS.fullmatch(n)) and m[1] not in known]
+        of = {name: request.operation_of(name) for name in names}
+        ours = [name for name, each in of.items() if each and each not in known]
         self._orphans = {name: self._orphans.get(name, now) for name in ours}
         for name, since in self._orphans.items():
             if now - since > _ORPHAN_AGE:

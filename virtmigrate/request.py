@@ -46,6 +46,7 @@ REASON_LIMIT = 400
 
 _REQUEST = b"virtmigrate-request"
 _ANSWER = b"virtmigrate-answer"
+_LETTER = re.compile(r"([0-9a-f]{16})\.[0-9]{1,2}\.(?:request|answer)")
 _NAME = re.compile(r"([0-9a-f]{16})\.(0|[1-9][0-9]?)\.request")
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -164,6 +165,12 @@ def parse_name(name: str) -> tuple[str, int] | None:
     if found is None or int(found[2]) >= NUMBERS:
         return None
     return found[1], int(found[2])
+
+
+def operation_of(name: str) -> str | None:
+    """Return the operation of a request's or an answer's volume; None of any other."""
+    found = _LETTER.fullmatch(name)
+    return found[1] if found else None
 
 
 def encode(request: Request) -> bytes:

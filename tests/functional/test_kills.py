@@ -15,7 +15,8 @@ from virtmigrate import errors
 from virtmigrate.units import MiB
 
 SEED = 20
-"""Chooses the points per case that `make test` kills at; --full takes all, or the --part."""
+"""Chooses the points per case that `make test` kills at; --full takes all of them,
+or a --part."""
 
 
 @pytest.mark.parametrize("power", ["running", "paused", "off"])

@@ -176,6 +176,29 @@ def test_what_waits_goes_when_its_time_is_over(patient: World) -> None:
     patient.expect_one(instance, patient.a)
 
 
+def test_what_a_killed_attempt_asked_goes_with_it(patient: World) -> None:
+    """It was killed between making a request and taking it away."""
+    patient.a.overrides["resume_age"] = 1
+    patient.a.new_driver()
+    instance, _ = spawn(patient)
+    run_killed(patient, instance, 0.5)
+    patient.a.new_driver()
+    ((operation, *_),) = patient.a.driver.open_operations()
+    mailbox = patient.b.driver.node.mailbox.pool
+    for name in (
+        f"{operation}.0.answer",
+        f"{operation}.63.request",
+        "b" * 16 + ".0.answer",
+    ):
+        mailbox.create_raw(name, 4096)
+    time.sleep(1.1)
+    patient.a.driver.settle()
+    letters = [name for name in mailbox.names() if not name.startswith("host.")]
+    assert letters == ["b" * 16 + ".0.answer"]
+    mailbox.delete(letters[0])
+    patient.expect_one(instance, patient.a)
+
+
 def test_a_second_attempt_that_is_cancelled_at_once_leaves_nothing(
     patient: World,
 ) -> None:

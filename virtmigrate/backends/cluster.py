@@ -177,15 +177,15 @@ class Cluster:
 def monitors(text: str) -> tuple[str, ...]:
     """Return "address:port" of what a ceph.conf says of mon_host.
 
-    Of the forms of an address, libvirt takes that of the first protocol (v1).
+    Of the addresses of one monitor, in brackets, libvirt takes that of the first
+    protocol (v1).
     """
     found = []
-    for group in _groups(text):
-        old = [each[3:] for each in group if each.startswith("v1:")]
-        plain = [each for each in group if not each.startswith(("v1:", "v2:"))]
-        for each in (old or plain)[:1]:
-            address = each.partition("/")[0]
-            found.append(address.removesuffix(":0"))
+    for entry in _entries(text):
+        # Brackets also stand around an address of IPv6.
+        each = entry[1:-1].split(",") if entry.startswith("[v") else [entry]
+        old = [a.removeprefix("v1:") for a in each if not a.startswith("v2:")]
+        found += [a.partition("/")[0].removesuffix(":0") for a in old[:1]]
     return tuple(found)
 
 
@@ -194,14 +194,16 @@ def monitors(text: str) -> tuple[str, ...]:
 _AWAY = (errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTUNREACH)
 
 
-def _groups(text: str) -> Iterator[list[str]]:
-    """Yield the addresses of each monitor: in [] stand those of one."""
-    for part in text.replace(" ", ",").replace("],", "]").split("["):
-        inside, closed, outside = part.partition("]")
-        if closed:
-            yield [each for each in inside.split(",") if each]
-        rest = outside if closed else inside
-        yield from ([each] for each in rest.split(",") if each)
+def _entries(text: str) -> list[str]:
+    """Split at what separates monitors: commas and spaces outside of brackets."""
+    entries, depth = [""], 0
+    for char in text:
+        depth += {"[": 1, "]": -1}.get(char, 0)
+        if char in ", " and not depth:
+            entries.append("")
+        else:
+            entries[-1] += char
+    return [entry for entry in entries if entry]
 
 
 def _rados() -> Any:
