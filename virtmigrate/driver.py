@@ -99,9 +99,8 @@ class VirtMigrateDriver:
         Called at the start and every `settle_interval` seconds: peers come back,
         and debts are paid.
         """
-        for backend in self.node.backends.values():
-            backend.sweep()
-        return [*self._source.recover(), *self._target.recover()]
+        left = self.node.sweep()
+        return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
         """Close all connections."""

@@ -217,8 +217,9 @@ class Errands:
         return Outcome(name=name)
 
     def _release(self, errand: _Errand) -> Outcome:
-        for backend in self._here.backends.values():
-            backend.images.release(errand.request.operation, errand.request.root)
+        for name in sorted({volume.backend for volume in errand.transfer.volumes}):
+            images = self._backend(name).images
+            images.release(errand.request.operation, errand.request.root)
         return Outcome()
 
     def _reuse(self, errand: _Errand) -> Outcome:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from virtmigrate import node, xml
+from virtmigrate import node, storagepool, xml
 from virtmigrate.backends import base
 from virtmigrate.units import GiB
 
@@ -30,11 +30,19 @@ class Storage:
 
 
 def storage(here: node.Node) -> list[Storage]:
-    """Return the storage of a host, each once, however many backends lie in it."""
+    """Return the storage of a host, each once, however many backends lie in it.
+
+    What is down is left out.
+    """
     by_id: dict[str, list[base.Backend]] = {}
-    for backend in here.backends.values():
-        by_id.setdefault(backend.storage(), []).append(backend)
-    return [_storage(id, found) for id, found in by_id.items()]
+    rooms: dict[str, storagepool.Room] = {}
+    for backend in here.up():
+        room = here.room(backend)
+        if room is not None:
+            id = backend.storage()
+            by_id.setdefault(id, []).append(backend)
+            rooms[id] = room
+    return [_storage(id, found, rooms[id]) for id, found in by_id.items()]
 
 
 def resources(here: node.Node) -> dict[str, Any]:
@@ -70,8 +78,7 @@ def resources(here: node.Node) -> dict[str, Any]:
 # Private
 
 
-def _storage(id: str, backends: list[base.Backend]) -> Storage:
-    room = backends[0].disks.room()
+def _storage(id: str, backends: list[base.Backend], room: storagepool.Room) -> Storage:
     return Storage(
         id=id,
         shared=any(each.capabilities.shared for each in backends),

@@ -104,6 +104,8 @@ class Node:
             allow_insecure=self.name in self.options.allow_insecure_peers,
         )
         self.backends = backends.load(conf, self.host)
+        self.down: dict[str, str] = {}
+        """Backends whose storage did not answer, and what was said."""
         self.files = self._file_backend()
         self.domains = instance.Domains(self.host)
         self.mailbox = mailbox(
@@ -129,13 +131,49 @@ class Node:
         self.host.close()
 
     def ensure(self) -> None:
-        """Make pools and publish this host's card; nothing happens the second time."""
+        """Make pools and publish this host's card; nothing happens the second time.
+
+        A backend whose storage is down keeps only itself from being used, until the
+        next call finds it up: it is left out of the card. The one for files has to be
+        there.
+        """
         for backend in self.backends.values():
-            backend.ensure()
+            self._ensure(backend)
         path = self.files.settings.path
         self._instances_pool.ensure_directory(f"{path}/instances")
         self.mailbox.pool.ensure_directory(f"{path}/mailbox/{self.name}")
         self._publish_card()
+
+    def up(self) -> list[base.Backend]:
+        """Return the backends that were there when they were looked for last."""
+        return [each for name, each in self.backends.items() if name not in self.down]
+
+    def note_down(self, backend: base.Backend, error: errors.Error) -> None:
+        """Leave a backend out until its storage is there again."""
+        self.down[backend.name] = str(error)
+        LOG.error("host=%s backend=%s is down: %s", self.name, backend.name, error)
+
+    def room(self, backend: base.Backend) -> storagepool.Room | None:
+        """Return what a backend's storage holds and has free; None when it is down."""
+        try:
+            return backend.disks.room()
+        except errors.StorageDown as e:
+            self.note_down(backend, e)
+            return None
+
+    def sweep(self) -> list[str]:
+        """Remove what killed processes left in the backends, and look again for those
+        that were down; return what remains."""
+        was_down = set(self.down)
+        for backend in self.backends.values():
+            if backend.name not in self.down or self._ensure(backend):
+                try:
+                    backend.sweep()
+                except errors.StorageDown as e:
+                    self.note_down(backend, e)
+        if set(self.down) != was_down:
+            self._publish_card()
+        return [f"backend {name}: {reason}" for name, reason in self.down.items()]
 
     def mover(
         self, progress: Progress | None = None, counted: account.Account | None = None
@@ -243,11 +281,11 @@ class Node:
             return
         if (stored.body.host, stored.body.state) != (self.name, here):
             return
+        used = {ref.backend for ref in stored.body.disks}
         for backend in self.backends.values():
-            for name in backend.volumes.names():
-                found = backend.volumes.find(name)
-                if found is not None and found.body.owner == uuid:
-                    backend.remove(name)
+            # One that is down keeps what it may have only of those that name it.
+            if backend.name not in self.down or backend.name in used or not used:
+                self._remove_volumes(backend, uuid)
         self.instances.remove(uuid)
 
     def backend(self, name: str) -> base.Backend:
@@ -260,8 +298,28 @@ class Node:
 
     # Private
 
+    def _ensure(self, backend: base.Backend) -> bool:
+        """Have a backend's pools; False, and a line in the log, when it is down."""
+        try:
+            backend.ensure()
+        except (errors.StorageError, errors.LibvirtFailed) as e:
+            if backend is self.files:
+                raise
+            self.note_down(backend, e)
+            return False
+        if self.down.pop(backend.name, None):
+            LOG.info("host=%s backend=%s is back", self.name, backend.name)
+        return True
+
+    @staticmethod
+    def _remove_volumes(backend: base.Backend, uuid: str) -> None:
+        for name in backend.volumes.names():
+            found = backend.volumes.find(name)
+            if found is not None and found.body.owner == uuid:
+                backend.remove(name)
+
     def _remove_retired(self, uuid: str) -> None:
-        for backend in self.backends.values():
+        for backend in self.up():
             for volume in backend.retired(uuid):
                 backend.remove(volume.name)
                 LOG.info("instance=%s retired volume=%s removed", uuid, volume.name)
@@ -285,9 +343,7 @@ class Node:
             records=record.READS,
             manifests=manifest.READS,
             tickets=TICKETS,
-            backends=tuple(
-                card_of(backend, self.files) for backend in self.backends.values()
-            ),
+            backends=tuple(card_of(backend, self.files) for backend in self.up()),
             accepts_moves=self.options.accept_moves,
         )
         stored = self.mailbox.cards.find(CARD)

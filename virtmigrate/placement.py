@@ -54,7 +54,7 @@ def choose(here: node.Node, wanted: Demand, size: int) -> base.Backend:
     """
     fitting = [
         each
-        for each in here.backends.values()
+        for each in here.up()
         if wanted.fits(each.name, each.settings.traits)
         and DiskFormat.RAW in each.capabilities.formats
     ]
@@ -62,8 +62,17 @@ def choose(here: node.Node, wanted: Demand, size: int) -> base.Backend:
         raise errors.NoBackend(
             host=here.name, wanted=str(wanted), size=format_bytes(size)
         )
-    room = {each.name: each.room() for each in fitting}
+    room = {each.name: _free(here, each) for each in fitting}
     for each in fitting:
         if room[each.name] >= size:
             return each
     return max(fitting, key=lambda each: room[each.name])
+
+
+# Private
+
+
+def _free(here: node.Node, backend: base.Backend) -> int:
+    """Return the bytes that may still be promised; -1 when it is down."""
+    room = here.room(backend)
+    return -1 if room is None else max(0, room.free - backend.settings.reserved)

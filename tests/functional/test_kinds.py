@@ -56,10 +56,12 @@ class Side:
             f"[files]\npath = {self.path}\n[{name}]\n" + "\n".join(lines) + "\n"
         )
         self.moved: list[Progress] = []
-        self.driver = VirtMigrateDriver(
-            conf=conf.load(self.config), progress=self._progress
-        )
-        self.driver.init_host(host.name)
+        self.driver = self._driver()
+
+    def restart(self) -> None:
+        """Have a driver as a restarted process would."""
+        self.driver.cleanup_host(self.host.name)
+        self.driver = self._driver()
 
     def close(self) -> None:
         self.driver.cleanup_host(self.host.name)
@@ -111,6 +113,11 @@ class Side:
                 found |= {f"{backend.name}/{each}" for each in pool.names()}
         return found
 
+    def _driver(self) -> VirtMigrateDriver:
+        made = VirtMigrateDriver(conf=conf.load(self.config), progress=self._progress)
+        made.init_host(self.host.name)
+        return made
+
     def _progress(self) -> Progress:
         self.moved.append(Progress())
         return self.moved[-1]
@@ -130,20 +137,23 @@ class Kinds:
             file.seek(SIZE - MiB)
             file.write(data[:MiB])
 
-    def spawn(self, **fields: Any) -> Any:
+    def spawn(self, flavor: Any = None) -> Any:
         made = types.SimpleNamespace(
             uuid=str(uuid.uuid4()),
             name=f"guest-{uuid.uuid4().hex[:6]}",
-            flavor=self.flavor(self.a),
-            **fields,
+            flavor=flavor or self.flavor(self.a),
         )
         meta = {"path": str(self.image), "disk_format": "raw"}
         self.a.driver.spawn(None, made, meta)
         return made
 
     def flavor(self, side: Side, **values: int) -> Any:
+        return self.flavor_of(side.name, **values)
+
+    @staticmethod
+    def flavor_of(backend: str, **values: int) -> Any:
         fields = {"memory_mb": 64, "vcpus": 1, "root_gb": 0, "ephemeral_gb": 0}
-        specs = {"virtmigrate:backend": side.name}
+        specs = {"virtmigrate:backend": backend}
         return types.SimpleNamespace(**{**fields, **values}, extra_specs=specs)
 
     def move(self, instance: Any, **values: int) -> None:

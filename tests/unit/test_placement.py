@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from virtmigrate import errors, placement
+from virtmigrate import errors, placement, storagepool
 from virtmigrate.formats import DiskFormat
 from virtmigrate.units import GiB
 
@@ -16,15 +16,17 @@ def backend(
 ) -> Any:
     return types.SimpleNamespace(
         name=name,
-        room=lambda: room,
-        settings=types.SimpleNamespace(traits=traits),
+        room=room,
+        settings=types.SimpleNamespace(traits=traits, reserved=GiB),
         capabilities=types.SimpleNamespace(formats=(fmt,)),
     )
 
 
 def host(*backends: Any) -> Any:
     return types.SimpleNamespace(
-        name="alpha", backends={each.name: each for each in backends}
+        name="alpha",
+        up=lambda: list(backends),
+        room=lambda each: storagepool.Room(100 * GiB, each.room + GiB),
     )
 
 

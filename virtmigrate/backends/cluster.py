@@ -114,6 +114,63 @@ class Cluster:
                 op.write(bytes(size))
             context.operate_write_op(op, name)
 
+    def keys(self, namespace: str, name: str) -> list[str]:
+        """Return all keys of an object; none without it. Inside translated()."""
+        rados, context = _rados(), self.context(namespace)
+        found: list[str] = []
+        while True:
+            after = found[-1] if found else ""
+            with rados.ReadOpCtx() as op:
+                part, _ = context.get_omap_keys(op, after, _KEYS)
+                try:
+                    context.operate_read_op(op, name)
+                except rados.ObjectNotFound:
+                    return found
+                new = [str(key) for key, _ in part]
+            found += new
+            if len(new) < _KEYS:
+                return found
+
+    def value(self, namespace: str, name: str, key: str) -> bytes:
+        """Return the value of a key; ObjectNotFound without it. Inside translated()."""
+        rados, context = _rados(), self.context(namespace)
+        with rados.ReadOpCtx() as op:
+            found, _ = context.get_omap_vals_by_keys(op, (key,))
+            context.operate_read_op(op, name)
+            for _, value in found:
+                return bytes(value)
+        raise rados.ObjectNotFound(f"{name} has no key {key}")
+
+    def set_key(
+        self, namespace: str, name: str, key: str, value: bytes, *, is_new: bool
+    ) -> None:
+        """Set a key that is not there, or one that is; in one step, for all hosts.
+
+        Raises ObjectExists, ObjectNotFound. Inside translated().
+        """
+        rados, context = _rados(), self.context(namespace)
+        equal, more = rados.LIBRADOS_CMPXATTR_OP_EQ, rados.LIBRADOS_CMPXATTR_OP_GT
+        with rados.WriteOpCtx() as op:
+            if is_new:
+                op.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+            # A key that is not there compares like an empty one.
+            op.omap_cmp(key, "", equal if is_new else more)
+            context.set_omap(op, (key,), (value,))
+            try:
+                context.operate_write_op(op, name)
+            except rados.Error as e:
+                if getattr(e, "errno", 0) != errno.ECANCELED:
+                    raise
+                kind = rados.ObjectExists if is_new else rados.ObjectNotFound
+                raise kind(f"{name}: key {key}") from e
+
+    def remove_key(self, namespace: str, name: str, key: str) -> None:
+        """Remove a key; nothing happens without it. Inside translated()."""
+        rados, context = _rados(), self.context(namespace)
+        with rados.WriteOpCtx() as op:
+            context.remove_omap_keys(op, (key,))
+            context.operate_write_op(op, name)
+
     def identity(self) -> str:
         """Return what tells this pool from all others: of all clusters."""
         with self.translated("asking for its id"):
@@ -190,6 +247,9 @@ def monitors(text: str) -> tuple[str, ...]:
 
 
 # Private
+
+_KEYS = 1000
+"""Keys that are asked for at once."""
 
 _AWAY = (errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTUNREACH)
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a RADOS pool as volumes, and objects beside them as records.
+"""Images of a RADOS pool as volumes, and records beside them.
 
 What this host does with its own pool goes by librbd and librados: libvirt has no
 streams for images, and opens all of them when it lists some. Peers make, see and
 remove images through libvirt's pool of the same name.
 """
 
-import calendar
 import contextlib
+import struct
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 NAMESPACE = "virtmigrate"
 """Where in the pool our records are."""
+
+INDEX = "records"
+"""The object whose omap they are."""
+
+_STAMP = struct.Struct(">d")
+"""When a record was made: before its bytes."""
 
 
 class _ClusterPool(storagepool.Pool):
@@ -124,55 +131,79 @@ class ImagePool(_ClusterPool):
             image.flush()
 
 
-class ObjectPool(_ClusterPool):
-    """Small volumes as objects in a namespace of their own: records, manifests."""
+class RecordPool(_ClusterPool):
+    """Records in the omap of one object, and manifests as objects beside it.
+
+    Only records are listed. An object's keys come with an error when the cluster does
+    not answer; of a list of objects the binding makes a shorter one.
+    """
 
     def names(self) -> list[str]:
         with self.cluster.translated("listing records"):
-            found = self.cluster.context(NAMESPACE).list_objects()
-            return [str(each.key) for each in found]
+            return self.cluster.keys(NAMESPACE, INDEX)
 
     def create_raw(self, name: str, size: int) -> None:
         with self.cluster.translated(f"creating {name}", name):
-            self.cluster.create_object(NAMESPACE, name, size)
+            if _is_record(name):
+                value = _STAMP.pack(time.time()) + bytes(size)
+                self.cluster.set_key(NAMESPACE, INDEX, name, value, is_new=True)
+            else:
+                self.cluster.create_object(NAMESPACE, name, size)
 
     def delete(self, name: str) -> None:
         with (
             contextlib.suppress(errors.VolumeNotFound),
             self.cluster.translated(f"deleting {name}", name),
         ):
-            self.cluster.context(NAMESPACE).remove_object(name)
+            if _is_record(name):
+                self.cluster.remove_key(NAMESPACE, INDEX, name)
+            else:
+                self.cluster.context(NAMESPACE).remove_object(name)
 
     def physical(self, name: str) -> int:
-        with self.cluster.translated(f"measuring {name}", name):
-            return int(self.cluster.context(NAMESPACE).stat(name)[0])
+        return len(self._content(name))
 
     def allocated(self, name: str) -> int:
         return self.physical(name)
 
     def written(self, name: str) -> float:
-        with (
-            contextlib.suppress(errors.VolumeNotFound),
-            self.cluster.translated(f"looking at {name}", name),
-        ):
-            when = self.cluster.context(NAMESPACE).stat(name)[1]
-            return float(calendar.timegm(when))
+        with contextlib.suppress(errors.VolumeNotFound):
+            return float(_STAMP.unpack_from(self._value(name))[0])
         return 0.0
 
     def read(self, name: str, *, limit: int) -> bytes:
+        data = self._content(name)
+        if len(data) > limit:
+            raise ValueError(f"{name} has {len(data)} bytes, more than {limit}")
+        return data
+
+    def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
+        if _is_record(name):
+            value = bytearray(self._value(name))
+            start = _STAMP.size + offset
+            value[start : start + len(data)] = data
+            with self.cluster.translated(f"writing {name}", name):
+                # What was removed meanwhile does not come back.
+                self.cluster.set_key(NAMESPACE, INDEX, name, bytes(value), is_new=False)
+            return
+        with self.cluster.translated(f"writing {name}", name):
+            context = self.cluster.context(NAMESPACE)
+            context.stat(name)
+            context.write(name, data, offset)
+
+    # Private
+
+    def _content(self, name: str) -> bytes:
+        if _is_record(name):
+            return self._value(name)[_STAMP.size :]
         with self.cluster.translated(f"reading {name}", name):
             context = self.cluster.context(NAMESPACE)
             size = int(context.stat(name)[0])
-            if size > limit:
-                raise ValueError(f"{name} has {size} bytes, more than {limit}")
             return bytes(context.read(name, length=size)) if size else b""
 
-    def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
-        with self.cluster.translated(f"writing {name}", name):
-            context = self.cluster.context(NAMESPACE)
-            # What was removed meanwhile must not come back.
-            context.stat(name)
-            context.write(name, data, offset)
+    def _value(self, name: str) -> bytes:
+        with self.cluster.translated(f"reading {name}", name):
+            return self.cluster.value(NAMESPACE, INDEX, name)
 
 
 def extents(image: "rbd.Image") -> list[tuple[int, int]]:
@@ -189,3 +220,7 @@ def extents(image: "rbd.Image") -> list[tuple[int, int]]:
 
     image.diff_iterate(0, image.size(), None, note, whole_object=True)
     return found
+
+
+def _is_record(name: str) -> bool:
+    return ".rec." in name

@@ -2,8 +2,8 @@
 """Volumes as images in a RADOS pool of a Ceph cluster.
 
 Images are raw: layers, where they are wanted, are the cluster's own clones. What
-other hosts of the cluster see they see at once, records too: those are objects in a
-namespace of the pool.
+other hosts of the cluster see they see at once, records too: those are keys of one
+object in a namespace of the pool.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class RbdBackend(base.Backend):
         self.incoming = self.disks
 
     def pool(self, name: str) -> storagepool.Pool:
-        kind = objects.ObjectPool if name.endswith("-records") else objects.ImagePool
+        kind = objects.RecordPool if name.endswith("-records") else objects.ImagePool
         return kind(self.host, name, self.cluster, self.settings.busy_timeout)
 
     @property

@@ -42,10 +42,9 @@ class Arrival:
             self._here.domains.define(self._xml(wanted), autostart=wanted.autostart)
         self._power(noted)
         self._demand_still_ours()
-        if any(volume.held for volume in self._transfer.volumes):
+        for name in sorted({v.backend for v in self._transfer.volumes if v.held}):
             # From here on the layers' records say that they stand on images.
-            for backend in self._here.backends.values():
-                backend.images.release(self._stored.name)
+            self._here.backend(name).images.release(self._stored.name)
         self._publish_settled(all(imported))
 
     def demand_whole(self) -> None:
