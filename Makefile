@@ -10,8 +10,11 @@ SOURCES = $(wildcard virtmigrate sandbox tests benchmarks)
 # The sandbox needs root: network and mount namespaces, and QEMU's files.
 ROOT := $(if $(filter-out 0,$(shell id -u)),$(if $(shell command -v sudo),sudo -E))
 SANDBOX := $(ROOT) $(PYTHON) -m sandbox
-FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 1700 $(PYTEST) tests/functional
+FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 2400 \
+	$(PYTEST) tests/functional --require-backends=$(BACKENDS)
 TESTARGS ?=
+# Kinds that have to be tested: one whose parts are missing fails.
+BACKENDS := dir,rbd
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer
 
@@ -36,11 +39,12 @@ test-unit: setup ## Run the unit tests: no root, no hosts
 	@timeout -k 10 300 $(PYTEST) tests/unit $(TESTARGS)
 
 test-functional: image ## Run the functional tests on hosts of their own
-	@timeout -k 60 1720 $(FUNCTIONAL) $(TESTARGS)
+	@timeout -k 60 2430 $(FUNCTIONAL) $(TESTARGS)
 
 test-full: image test-unit ## Run all tests, the long ones too
 	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \
-		timeout -k 30 14300 $(PYTEST) tests/functional --full $(TESTARGS)
+		timeout -k 30 14300 $(PYTEST) tests/functional \
+		--require-backends=$(BACKENDS) --full $(TESTARGS)
 
 lint: setup ## Check style, format and types
 	@.venv/bin/ruff check $(SOURCES)

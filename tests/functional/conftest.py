@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two real libvirt hosts, and a fresh world on them for each test."""
 
+import collections
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import types
@@ -18,11 +20,14 @@ from oslo_config import cfg
 
 from sandbox import Host, Sandbox
 from sandbox.ceph import Ceph
+from tests.functional import places
 from virtmigrate import conf as options
 from virtmigrate import domainxml
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
+
+_CONTRACT = re.compile(r"test_contract\.py::.*\[([a-z_-]+)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,10 +35,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="run the long counts, too, and all kills"
     )
     parser.addoption(
+        "--require-backends",
+        default="",
+        help="kinds of backends that may not be left out where something is missing",
+    )
+    parser.addoption(
         "--part",
         default="0/1",
         help="of the kills of --full take those that leave N when divided by M: N/M",
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say of each kind of backend how many promises of the contract it keeps."""
+    counts: dict[str, collections.Counter[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            found = _CONTRACT.search(report.nodeid)
+            if found and report.when in ("call", "setup"):
+                counts.setdefault(found[1], collections.Counter())[outcome] += 1
+    for kind, count in sorted(counts.items()):
+        broken = count["failed"] + count["error"]
+        text = f"backend {kind}: {count['passed']} promises kept, {broken} broken"
+        terminalreporter.write_line(text)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out kinds that this machine cannot have, unless they are required."""
+    callspec = getattr(item, "callspec", None)
+    for value in callspec.params.values() if callspec else ():
+        kinds = value if isinstance(value, tuple) else (value,)
+        for kind in kinds:
+            if isinstance(kind, str) and kind in places.NEEDS:
+                _demand_kind(item, kind)
+
+
+def _demand_kind(item: pytest.Item, kind: str) -> None:
+    lacking = [name for name in places.NEEDS[kind] if shutil.which(name) is None]
+    if lacking:
+        reason = f"backends of kind {kind} need {', '.join(lacking)}: run tools/setup"
+        if kind in item.config.getoption("--require-backends").split(","):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

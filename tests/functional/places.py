@@ -50,6 +50,9 @@ def of_ceph(
 
 PLACES: dict[str, Callable[..., Any]] = {"dir": of_directory, "rbd": of_ceph}
 
+NEEDS = {"dir": (), "rbd": ("ceph-mon", "ceph-osd", "ceph-mgr", "rbd")}
+"""Programs without which a kind cannot be tested here."""
+
 
 @contextlib.contextmanager
 def libvirt_secret(on: sandbox.Host, ceph: Ceph, user: str) -> Iterator[None]:
