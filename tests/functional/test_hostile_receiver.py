@@ -305,7 +305,7 @@ def test_signs_of_life_while_nothing_can_be_listed(
     place.transfer()
     place.put(bytes(4096))
     going = threading.Event()
-    monkeypatch.setattr(os, "fsync", lambda _fd: going.wait(20))
+    monkeypatch.setattr(os, "fsync", lambda _fd: going.wait(60))
     place.post(job())
     place.receiver.start()
     until(lambda: place.receiver._desk.is_busy())
@@ -321,7 +321,7 @@ def test_signs_of_life_while_nothing_can_be_listed(
         return answer.beat if answer else 0
 
     before = beat()
-    until(lambda: beat() > before + 1, 8)
+    until(lambda: beat() > before + 1, 30)
     going.set()
 
 

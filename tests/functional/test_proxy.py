@@ -156,7 +156,7 @@ def test_delayed(spoiler: proxy.Proxy) -> None:
         began = time.monotonic()
         client.sendall(b"x")
         assert receive(client, 1) == b"x"
-        assert 0.3 <= time.monotonic() - began < 1
+        assert 0.3 <= time.monotonic() - began < 3
 
 
 def test_stalled_and_released(server: Server, spoiler: proxy.Proxy) -> None:
