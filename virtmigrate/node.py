@@ -218,6 +218,11 @@ class Node:
         self.instances.prune(body.uuid)
         return stored.generation
 
+    def forget_unborn(self, uuid: str) -> None:
+        """Remove what a killed process left of a record that it never wrote."""
+        if self.instances.find(uuid) is None:
+            self.instances.remove(uuid)
+
     def own_record(self, uuid: str) -> model.Instance | None:
         """Return an instance's record if it is this host's: hosts may share them."""
         stored = self.instances.find(uuid)
@@ -277,6 +282,7 @@ class Node:
         stored = self.instances.find(uuid)
         here = model.InstanceState.HERE
         if stored is None:
+            self.forget_unborn(uuid)
             self._remove_retired(uuid)
             return
         if (stored.body.host, stored.body.state) != (self.name, here):

@@ -149,6 +149,8 @@ class Target:
             self._here.domains.kill(stored.body.instance)
             self._here.domains.undefine(stored.body.instance)
             self._say_gone(stored.body)
+        else:
+            self._here.forget_unborn(stored.body.instance)
         Arrival(self._here, stored).remove_volumes()
         self._publish(stored, TransferState.RETURNED)
         LOG.info(
