@@ -6,7 +6,9 @@ A new kind adds a function to PLACES.
 
 import base64
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,41 @@ import sandbox
 from sandbox.ceph import Ceph
 from virtmigrate import backends, conf, host
 from virtmigrate.backends import base
+from virtmigrate.units import GiB
 
 SECRET = "11111111-cccc-4ccc-8ccc-111111111111"
 
 
 @contextlib.contextmanager
 def of_directory(
-    on: sandbox.Host, name: str, tmp: Path, _: Callable[[], Ceph]
+    make: Sequence[str],
+    on: sandbox.Host,
+    name: str,
+    tmp: Path,
+    _: Callable[[], Ceph],
 ) -> Iterator[dict[str, Any]]:
-    """Files on the file system of the sandbox."""
-    yield {"kind": "dir", "path": str(on.storage / tmp.name)}
+    """Files on a file system of their own.
+
+    It lies in a file with holes and is mounted in the sandbox's client namespace,
+    which all hosts see. With that namespace go the mount and the loop device, so
+    that a killed test leaves neither.
+
+    Arguments:
+        make: the command that makes the file system.
+    """
+    image, mount = on.directory / f"{tmp.name}.image", on.storage / tmp.name
+    with image.open("wb") as file:
+        file.truncate(4 * GiB)
+    mount.mkdir()
+    _run([*make, str(image)])
+    _run(["mount", "-o", "loop", str(image), str(mount)])
+    try:
+        yield {"kind": "dir", "path": str(mount / "backend")}
+    finally:
+        # A libvirtd may still look at it.
+        _run(["umount", "--lazy", str(mount)])
+        image.unlink()
+        mount.rmdir()
 
 
 @contextlib.contextmanager
@@ -48,7 +75,14 @@ def of_ceph(
         }
 
 
-PLACES: dict[str, Callable[..., Any]] = {"dir": of_directory, "rbd": of_ceph}
+EXT4 = ("mkfs.ext4", "-q", "-F")
+XFS = ("mkfs.xfs", "-q", "-m", "reflink=1")
+
+PLACES: dict[str, Callable[..., Any]] = {
+    "dir-ext4": functools.partial(of_directory, EXT4),
+    "dir-xfs": functools.partial(of_directory, XFS),
+    "rbd": of_ceph,
+}
 
 NEEDS = {"dir": (), "rbd": ("ceph-mon", "ceph-osd", "ceph-mgr", "rbd")}
 """Programs without which a kind cannot be tested here."""
@@ -99,3 +133,10 @@ def backend(
                     if pool.name().startswith(f"virtmigrate-{name}-"):
                         pool.destroy()
                         pool.undefine()
+
+
+# Private
+
+
+def _run(argv: Sequence[str]) -> None:
+    subprocess.run(argv, check=True, timeout=30)

@@ -22,7 +22,7 @@ from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
 
 SIZE = 24 * MiB
-PAIRS = [("dir", "rbd"), ("rbd", "dir"), ("rbd", "rbd")]
+PAIRS = [("dir-ext4", "rbd"), ("rbd", "dir-xfs"), ("rbd", "rbd")]
 """Kinds of backends at the source and at the peer."""
 
 
