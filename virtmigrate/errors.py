@@ -16,7 +16,7 @@
     │   ├── ReceiverSilent, RequestRefused
     │   └── LibvirtFailed
     ├── StorageError
-    │   ├── NoBackend, StorageDown
+    │   ├── NoBackend, StorageDown, LayoutRefused
     │   ├── PoolNotFound, PoolBusy
     │   ├── VolumeNotFound, VolumeExists
     │   ├── NoSpace
@@ -165,6 +165,13 @@ class StorageDown(StorageError):
 
 class NoBackend(StorageError):
     msg = "host {host} has no {wanted} for {size}"
+
+
+class LayoutRefused(StorageError):
+    msg = (
+        "host {host}, pool {pool}: backend {backend} has layout {version}, and this "
+        "release works with {known}{reason}. It was left untouched"
+    )
 
 
 class PoolNotFound(StorageError):

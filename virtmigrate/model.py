@@ -134,6 +134,20 @@ class Volume(Struct, frozen=True):
     """Of an image: the transfers that count on it."""
 
 
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """How a backend's volumes and records are laid out.
+
+    Fields that a newer release adds are passed over: by the version it is known
+    whether they matter.
+    """
+
+    version: int
+    id: str
+    """UUID of this storage, drawn when it was made: the same on every host."""
+    upgrading: int | None = None
+    """The version that an upgrade began to make of it."""
+
+
 class DiskRef(Struct, frozen=True):
     """A disk of an instance: the top of its chain."""
 

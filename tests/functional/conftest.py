@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import types
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sandbox.ceph import Ceph
 from tests.functional import places
 from virtmigrate import conf as options
 from virtmigrate import domainxml
+from virtmigrate.backends import layout
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
@@ -187,11 +188,12 @@ class Node:
             conn.close()
 
     def files(self) -> list[str]:
-        """All files of the host's storage but the card and instance records."""
+        """All files of the host's storage but the card and layouts."""
+        always = ("host", layout.NAME)
         return sorted(
             str(path.relative_to(self.path))
             for path in self.path.rglob("*")
-            if path.is_file() and path.name.partition(".rec.")[0] != "host"
+            if path.is_file() and path.name.partition(".rec.")[0] not in always
         )
 
     def state_of(self, instance: Any) -> str | None:
@@ -335,12 +337,7 @@ class World:
         """What the guest would read, by qemu-img and the records' formats."""
         record = node.driver.node.entitled(instance.uuid)
         (ref,) = (ref for ref in record.disks if ref.target == target)
-        layers = node.driver.node.backend(ref.backend).layers(ref.volume)
-        spec: dict[str, Any] | None = None
-        for layer in reversed(layers):
-            below = {"backing": spec} if layer.fmt.value == "qcow2" else {}
-            file = {"driver": "file", "filename": layer.source}
-            spec = {"driver": layer.fmt.value, "file": file, **below}
+        spec = guest_view(node.driver.node.backend(ref.backend).layers(ref.volume))
         argv = [
             "qemu-img",
             "dd",
@@ -348,7 +345,7 @@ class World:
             "-O",
             "raw",
             "bs=1M",
-            f"if=json:{json.dumps(spec)}",
+            f"if={spec}",
         ]
         out = self.tmp / "guest-view"
         subprocess.run([*argv, f"of={out}"], check=True, timeout=60)
@@ -357,6 +354,16 @@ class World:
     def close(self) -> None:
         for node in (self.a, self.b):
             node.clear()
+
+
+def guest_view(layers: Sequence[domainxml.Layer]) -> str:
+    """Return what qemu-img calls an image of these files, which it does not probe."""
+    spec: dict[str, Any] | None = None
+    for layer in reversed(layers):
+        below = {"backing": spec} if layer.fmt.value == "qcow2" else {}
+        file = {"driver": "file", "filename": layer.source}
+        spec = {"driver": layer.fmt.value, "file": file, **below}
+    return f"json:{json.dumps(spec)}"
 
 
 def digest(path: Path) -> str:

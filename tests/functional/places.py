@@ -7,6 +7,7 @@ A new kind adds a function to PLACES.
 import base64
 import contextlib
 import functools
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,6 +57,19 @@ def of_directory(
 
 
 @contextlib.contextmanager
+def of_shared_directory(
+    on: sandbox.Host, name: str, tmp: Path, _: Callable[[], Ceph]
+) -> Iterator[dict[str, Any]]:
+    """Files in a directory that all hosts of one test see."""
+    path = on.directory.parent / f"shared-{tmp.parent.name}-{name}"
+    path.mkdir(exist_ok=True)
+    try:
+        yield {"kind": "shared_dir", "path": str(path)}
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def of_ceph(
     on: sandbox.Host, name: str, tmp: Path, cluster: Callable[[], Ceph]
 ) -> Iterator[dict[str, Any]]:
@@ -82,6 +96,7 @@ PLACES: dict[str, Callable[..., Any]] = {
     "dir-ext4": functools.partial(of_directory, EXT4),
     "dir-xfs": functools.partial(of_directory, XFS),
     "rbd": of_ceph,
+    "shared_dir": of_shared_directory,
 }
 
 NEEDS = {"dir": (), "rbd": ("ceph-mon", "ceph-osd", "ceph-mgr", "rbd")}

@@ -21,7 +21,7 @@ import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
 from virtmigrate import domainxml, errors, host, manifest, model, reading, stream
-from virtmigrate.backends import base, keeping
+from virtmigrate.backends import base, keeping, layout
 from virtmigrate.formats import DiskFormat
 from virtmigrate.model import Hold, Proof, Role, VolumeState
 from virtmigrate.units import KiB, MiB
@@ -65,7 +65,8 @@ def nothing_stays(backend: base.Backend) -> Iterator[None]:
         backend.remove(name)
     for pool in (backend.incoming, backend.disks, backend.volumes.pool):
         for name in pool.names():
-            pool.delete(name)
+            if not name.startswith(layout.NAME):
+                pool.delete(name)
 
 
 def volume(backend: base.Backend, name: str = "", **fields: Any) -> model.Volume:
@@ -261,7 +262,8 @@ def test_removed_is_gone(backend: base.Backend, tmp_path: Path) -> None:
         backend.remove(found.name)
         assert backend.volumes.find(found.name) is None
         assert found.name not in backend.disks.names()
-        assert backend.volumes.pool.names() == []
+        left = backend.volumes.pool.names()
+        assert [name for name in left if not name.startswith(layout.NAME)] == []
 
 
 # Growing
@@ -275,6 +277,77 @@ def test_it_grows_by_zeros(backend: base.Backend, tmp_path: Path) -> None:
         assert backend.incoming.physical(made.name) == 2 * SIZE
         grown = content() + bytes(SIZE)
         assert arrived(backend, made.name).root() == told(grown).root()
+
+
+# Copying
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE + 64 * KiB])
+def test_a_copy_changes_alone(backend: base.Backend, tmp_path: Path, size: int) -> None:
+    found = settled(backend, tmp_path, name="image", role=Role.IMAGE)
+    expected = told(content() + bytes(size - SIZE)).root()
+    with stream.Mover() as mover:
+        made = backend.copy(found, volume(backend, size=size), mover)
+        assert backend.volumes.read(made.name).body == made
+        assert arrived(backend, made.name).root() == expected
+        with pytest.raises((errors.VolumeExists, errors.RecordConflict)):
+            backend.copy(found, made, mover)
+    assert arrived(backend, made.name).root() == expected
+    with backend.target(made.name, size).writer(size, lambda: None) as writer:
+        writer.write(0, b"other")
+    assert read(backend, found).root() == told(content()).root()
+    assert arrived(backend, made.name).root() != expected
+    backend.remove("image")
+    assert backend.incoming.physical(made.name) == size
+
+
+def test_what_is_longer_or_no_raw_volume_is_not_copied(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path, name="image", role=Role.IMAGE)
+    layer = msgspec.structs.replace(found, format=DiskFormat.QCOW2)
+    with stream.Mover() as mover:
+        for source, size in ((found, SIZE - 64 * KiB), (layer, SIZE)):
+            with pytest.raises(errors.Unsupported, match="image"):
+                backend.copy(source, volume(backend, size=size), mover)
+    assert backend.volumes.names() == ["image"]
+
+
+def test_a_copy_that_fails_leaves_nothing(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = settled(backend, tmp_path, name="image", role=Role.IMAGE)
+    backend.pool(found.pool).delete("image")
+    with stream.Mover() as mover, pytest.raises(errors.Error):
+        backend.copy(found, volume(backend), mover)
+    assert backend.volumes.names() == ["image"]
+    assert backend.incoming.names() == []
+
+
+# The layout
+
+
+def test_one_layout_is_written(backend: base.Backend) -> None:
+    """Of several that make the backend at once."""
+    pool = backend.volumes.pool
+    for name in pool.names():
+        pool.delete(name)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: backend.layout.ensure(), range(4)))
+    found = backend.layout.read()
+    assert (found.generation, found.body.version) == (1, layout.VERSION)
+    assert backend.volumes.names() == []
+
+
+@pytest.mark.parametrize("version", [layout.VERSION - 1, layout.VERSION + 1])
+def test_another_layout_is_refused(backend: base.Backend, version: int) -> None:
+    before = backend.layout.read()
+    found = backend.layout.change(before, version=version)
+    with pytest.raises(errors.LayoutRefused, match=backend.name):
+        backend.ensure()
+    assert backend.layout.read() == found
+    backend.layout.change(found, version=layout.VERSION)
+    backend.ensure()
 
 
 # Records

@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import subprocess
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,15 +15,17 @@ import pytest
 
 import sandbox
 from sandbox.ceph import Ceph
-from tests.functional import places
-from virtmigrate import conf, errors, manifest, model, stream
+from tests.functional import conftest, places
+from virtmigrate import conf, errors, manifest, model, reading, stream
 from virtmigrate.driver import VirtMigrateDriver
+from virtmigrate.formats import DiskFormat
 from virtmigrate.model import TransferState
 from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
 
 SIZE = 24 * MiB
 PAIRS = [("dir-ext4", "rbd"), ("rbd", "dir-xfs"), ("rbd", "rbd")]
+PAIRS += [("shared_dir", "shared_dir"), ("dir-xfs", "shared_dir")]
 """Kinds of backends at the source and at the peer."""
 
 
@@ -102,8 +105,15 @@ class Side:
         """Digest of all that a disk holds, as its guest sees it."""
         name, volume = self.disk(instance, target)
         backend = self.driver.node.backend(name)
+        source = backend.source(volume, volume.size)
+        if volume.format is DiskFormat.QCOW2:
+            path = self.config.with_name("guest-view")
+            argv = ["qemu-img", "convert", "-U", "-O", "raw"]
+            view = conftest.guest_view(backend.layers(volume.name))
+            subprocess.run([*argv, view, str(path)], check=True, timeout=60)
+            source = reading.FileSource(path, volume.size)
         with stream.Mover() as mover:
-            return mover.survey(backend.source(volume, volume.size)).root()
+            return mover.survey(source).root()
 
     def volumes(self) -> set[str]:
         """All that lies in the backends."""

@@ -23,15 +23,24 @@ from virtmigrate import (
     manifest,
     model,
     reading,
-    record,
     storagepool,
+    stream,
     writing,
 )
-from virtmigrate.backends import catalog, keeping
+from virtmigrate.backends import catalog, keeping, layout
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
+
+
+class Clones(enum.Enum):
+    """How a volume becomes the copy of another one of its backend."""
+
+    COPY = "copy"
+    """All data is read and written once more; holes stay holes."""
+    REFLINK = "reflink"
+    """The two share their blocks where the file system can; else as COPY."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Capabilities:
     """A volume takes all of its size at once, and shows what was there before."""
     files: bool
     """It can hold NVRAM, memory images and records of instances."""
+    clones: Clones = Clones.COPY
 
 
 @dataclass(frozen=True)
@@ -110,9 +120,10 @@ class Backend(abc.ABC):
         self.disks = self.pool(f"virtmigrate-{self.name}-disks")
         self.incoming = self.pool(f"virtmigrate-{self.name}-incoming")
         self._records = self.pool(f"virtmigrate-{self.name}-records")
-        self.volumes = record.Store(
+        self.volumes = layout.Volumes(
             self._records, model.Volume, grace=settings.record_grace
         )
+        self.layout = layout.Keeper(self.name, self._records, settings.record_grace)
         self._catalog = catalog.Catalog(self.volumes)
         self.images = keeping.Images(self.name, self.volumes, self._catalog)
         """What peers count on."""
@@ -126,7 +137,12 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def ensure(self) -> None:
-        """Make the pools if they are not there; nothing happens the second time."""
+        """Make the pools if they are not there; nothing happens the second time.
+
+        A kind makes its pools, then calls this one. Raises LayoutRefused for
+        volumes and records that are laid out otherwise than this release knows.
+        """
+        self.layout.ensure()
 
     @abc.abstractmethod
     def layer(self, volume: model.Volume) -> domainxml.Layer:
@@ -169,6 +185,33 @@ class Backend(abc.ABC):
             self.pool(volume.pool).create_raw(volume.name, volume.size)
         except BaseException:
             self.volumes.remove(volume.name)
+            raise
+        return volume
+
+    def copy(
+        self, source: model.Volume, volume: model.Volume, mover: stream.Mover
+    ) -> model.Volume:
+        """Create an incoming raw volume that holds what another one holds.
+
+        From then on the two change independently; where the new one is longer, zeros
+        follow. Nobody may be writing to the source. Raises Unsupported for what is
+        not raw; on failure nothing of it stays.
+
+        Arguments:
+            source: any raw volume of this backend.
+            volume: what is to be made, in incoming.
+            mover: copies where the storage itself cannot.
+        """
+        raw = source.format is volume.format is DiskFormat.RAW
+        self._demand(raw and not source.backing, f"copy {source.name}")
+        self._demand(source.size <= volume.size, f"shrink a copy of {source.name}")
+        self.allocate(volume)
+        try:
+            if not self._clone(source, volume):
+                read = self.source(source, source.size)
+                mover.copy(read, self.target(volume.name, volume.size))
+        except BaseException:
+            self.remove(volume.name)
             raise
         return volume
 
@@ -413,6 +456,10 @@ class Backend(abc.ABC):
             )
 
     # Private
+
+    def _clone(self, source: model.Volume, volume: model.Volume) -> bool:
+        """Let the storage copy into a new volume; False where it cannot."""
+        return False
 
     def _reclaim(self, volume: model.Volume) -> int:
         """Remove a retired volume; return the bytes that it took."""

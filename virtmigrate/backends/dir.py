@@ -15,7 +15,7 @@ from pathlib import Path
 from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, storagepool
-from virtmigrate.backends import base
+from virtmigrate.backends import base, reflink
 from virtmigrate.formats import DiskFormat
 
 LOG = logging.getLogger(__name__)
@@ -35,12 +35,14 @@ class DirBackend(base.Backend):
         streams=True,
         thick=False,
         files=True,
+        clones=base.Clones.REFLINK,
     )
 
     def ensure(self) -> None:
         for pool in (self.disks, self.incoming, self._records):
             directory = pool.name.rpartition("-")[2]
             pool.ensure_directory(f"{self.settings.path}/{directory}")
+        super().ensure()
 
     def storage(self) -> str:
         # Two backends may be directories of one file system.
@@ -153,6 +155,25 @@ class DirBackend(base.Backend):
         self.incoming.refresh()
 
     # Private
+
+    def _clone(self, source: model.Volume, volume: model.Volume) -> bool:
+        pool = self.pool(source.pool)
+        if not (pool.is_local() and self.incoming.is_local()):
+            return False
+        with (
+            self._plain(pool, source.name, os.O_RDONLY) as read,
+            self._plain(self.incoming, volume.name, os.O_RDWR) as written,
+        ):
+            if read is None or written is None:
+                return False
+            if os.fstat(read).st_size != source.size:
+                raise self._refused(pool, f"{source.name} has not {source.size} bytes")
+            try:
+                cloned = reflink.clone(read, written, source.size, volume.size)
+            except OSError as e:
+                raise self._refused(pool, f"{source.name}: {e.strerror}") from e
+        self.incoming.refresh()
+        return cloned
 
     def _left(self, aside: str, name: str) -> base.Reuse:
         """Tell what one who was killed left of a volume that was set aside."""

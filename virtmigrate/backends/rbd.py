@@ -56,6 +56,7 @@ class RbdBackend(base.Backend):
     def ensure(self) -> None:
         self._demand_secret()
         self.disks.ensure_defined(self._definition())
+        super().ensure()
 
     def close(self) -> None:
         self.cluster.close()

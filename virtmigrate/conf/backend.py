@@ -10,6 +10,7 @@ backend_opts = [
         default="dir",
         choices=[
             ("dir", "files in a directory of this host"),
+            ("shared_dir", "files in a directory that several hosts have mounted"),
             ("rbd", "images in a pool of a Ceph cluster"),
         ],
         help="What stores the volumes.",
