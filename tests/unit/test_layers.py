@@ -66,6 +66,8 @@ FLOORS = {
     # What is done with instances.
     "migration": 6,
     "adopt": 6,
+    "upgrade": 6,
+    "consistency": 6,
     "spawning": 7,
     "mapping": 7,
     # Faces.

@@ -134,6 +134,10 @@ class Images:
                 )
         return released
 
+    def expire(self, name: str) -> bool:
+        """Drop the leases on an image that are over; False where it is gone."""
+        return self._change(name, lambda volume: _holds_without(volume, ""))
+
     # Private
 
     def _change(
