@@ -117,6 +117,11 @@ class Store(Generic[T]):
             if generations == listed:
                 if all(self._is_unborn(name, each) for each in listed):
                     return None
+                # One that was being written may be whole by now.
+                for generation in reversed(listed):
+                    stored = self.load(name, generation)
+                    if stored is not None:
+                        return stored
                 raise errors.RecordBroken(
                     **self._where(name), reason=f"generations {listed}, none valid"
                 )

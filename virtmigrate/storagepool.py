@@ -63,6 +63,8 @@ class Pool:
         busy_timeout: seconds to wait while libvirt refreshes the pool.
         thick: its volumes take all of their size at once, and show what was there
             before, so they are zeroed when they are made.
+        preallocate: its raw volumes are given all of their room when they are made,
+            and read as zeros.
     """
 
     def __init__(
@@ -73,12 +75,14 @@ class Pool:
         ownership: Ownership | None = None,
         busy_timeout: float = 60.0,
         thick: bool = False,
+        preallocate: bool = False,
     ) -> None:
         self.host = host
         self.name = name
         self.ownership = ownership or Ownership()
         self.busy_timeout = busy_timeout
         self.thick = thick
+        self.preallocate = preallocate
         self._path: str | None = None
         self._local: bool | None = None
         self._lock = threading.Lock()
@@ -219,8 +223,12 @@ class Pool:
             raise ValueError(f"{name} is of kind {kind}, and holds no bytes")
         if size > limit:
             raise ValueError(f"{name} has {size} bytes, more than {limit}")
-        with self._session(f"reading {name}", volume=name) as (session, pool):
-            return wire.download(session, self._lookup(pool, name), size)
+        # libvirt may still be making it, for somebody else.
+        return self._retry(
+            f"reading {name}",
+            lambda s, pool: wire.download(s, self._lookup(pool, name), size),
+            name,
+        )
 
     def write(self, name: str, data: bytes, *, offset: int = 0) -> None:
         """Write to a small volume.
@@ -228,8 +236,12 @@ class Pool:
         What finish() says is not believed (libvirt forgets late errors): read it
         back.
         """
-        with self._session(f"writing {name}", volume=name) as (session, pool):
-            wire.upload(session, self._lookup(pool, name), data, offset)
+        # libvirt refuses while somebody else reads it.
+        self._retry(
+            f"writing {name}",
+            lambda s, pool: wire.upload(s, self._lookup(pool, name), data, offset),
+            name,
+        )
 
     @contextlib.contextmanager
     def opened(
@@ -344,7 +356,8 @@ class Pool:
         root = xml.element("volume")
         xml.add(root, "name", name)
         xml.add(root, "capacity", str(size), unit="B")
-        xml.add(root, "allocation", str(size if self.thick else 0), unit="B")
+        whole = self.thick or (self.preallocate and fmt == "raw")
+        xml.add(root, "allocation", str(size if whole else 0), unit="B")
         target = xml.add(root, "target")
         xml.add(target, "format", type=fmt)
         if fmt == "qcow2":
