@@ -247,6 +247,8 @@ class BackendCard(Struct, frozen=True):
     """It takes NVRAM, config drives and other files."""
     thick: bool = False
     """A volume takes all of its size at once, and shows what was there before."""
+    preallocates: bool = False
+    """A raw volume gets all of its room when it is made, and reads as zeros."""
     granularity: int = 1
     """Bytes that sizes are multiples of."""
     pieces: str = ""

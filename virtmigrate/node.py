@@ -384,6 +384,7 @@ def card_of(backend: base.Backend, files: base.Backend) -> model.BackendCard:
         formats=backend.capabilities.formats,
         files=backend.capabilities.files,
         thick=backend.capabilities.thick,
+        preallocates=backend.preallocates,
         granularity=backend.granularity(),
         pieces="" if backend.capabilities.streams else files.incoming.name,
         reserved=backend.settings.reserved,

@@ -341,9 +341,13 @@ class Peer:
         return mover.survey(source, blocks, waits=account.PEER)
 
     def _incoming(self, card: model.BackendCard) -> storagepool.Pool:
-        return self._pool(card.incoming, thick=card.thick)
+        return self._pool(
+            card.incoming, thick=card.thick, preallocate=card.preallocates
+        )
 
-    def _pool(self, name: str, *, thick: bool = False) -> storagepool.Pool:
+    def _pool(
+        self, name: str, *, thick: bool = False, preallocate: bool = False
+    ) -> storagepool.Pool:
         ours = self._mailbox.pool
         return storagepool.Pool(
             self.host,
@@ -351,6 +355,7 @@ class Peer:
             ownership=ours.ownership,
             busy_timeout=ours.busy_timeout,
             thick=thick,
+            preallocate=preallocate,
         )
 
     def _demand_free(self, conn: "libvirt.virConnect", needed: "Needs") -> None:

@@ -27,6 +27,7 @@ SECRET = "11111111-cccc-4ccc-8ccc-111111111111"
 @contextlib.contextmanager
 def of_directory(
     make: Sequence[str],
+    preallocation: str,
     on: sandbox.Host,
     name: str,
     tmp: Path,
@@ -40,6 +41,7 @@ def of_directory(
 
     Arguments:
         make: the command that makes the file system.
+        preallocation: the backend's option.
     """
     image, mount = on.directory / f"{tmp.name}.image", on.storage / tmp.name
     with image.open("wb") as file:
@@ -48,7 +50,8 @@ def of_directory(
     _run([*make, str(image)])
     _run(["mount", "-o", "loop", str(image), str(mount)])
     try:
-        yield {"kind": "dir", "path": str(mount / "backend")}
+        path = str(mount / "backend")
+        yield {"kind": "dir", "path": path, "preallocation": preallocation}
     finally:
         # A libvirtd may still look at it.
         _run(["umount", "--lazy", str(mount)])
@@ -93,8 +96,9 @@ EXT4 = ("mkfs.ext4", "-q", "-F")
 XFS = ("mkfs.xfs", "-q", "-m", "reflink=1")
 
 PLACES: dict[str, Callable[..., Any]] = {
-    "dir-ext4": functools.partial(of_directory, EXT4),
-    "dir-xfs": functools.partial(of_directory, XFS),
+    "dir-ext4": functools.partial(of_directory, EXT4, "none"),
+    "dir-falloc": functools.partial(of_directory, XFS, "falloc"),
+    "dir-xfs": functools.partial(of_directory, XFS, "none"),
     "rbd": of_ceph,
     "shared_dir": of_shared_directory,
 }

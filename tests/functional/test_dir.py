@@ -11,9 +11,9 @@ import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
 from tests.functional.test_contract import OPERATION, SIZE, content, settled, volume
-from virtmigrate import host, stream
+from virtmigrate import errors, host, stream
 from virtmigrate.backends import base
-from virtmigrate.model import Role
+from virtmigrate.model import Role, VolumeState
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def here(alpha: sandbox.Host) -> Iterator[host.Host]:
         yield opened
 
 
-@pytest.fixture(params=["dir-ext4", "dir-xfs"])
+@pytest.fixture(params=["dir-ext4", "dir-xfs", "dir-falloc"])
 def place(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -60,6 +60,46 @@ def test_copies_share_their_blocks_where_the_file_system_can(
         file.write(b"other")
     assert Path(found.path).read_bytes() == content()
     assert path.stat().st_size == SIZE
+
+
+def test_all_room_is_given_at_once_where_that_is_wanted(
+    backend: base.Backend, place: str, tmp_path: Path
+) -> None:
+    whole = place == "dir-falloc"
+    before = backend.room()
+    made = backend.allocate(volume(backend))
+    path = Path(backend.incoming.path) / made.name
+
+    def has(size: int) -> bool:
+        """Tell whether it takes all of its room, and reads as zeros."""
+        taken = path.stat().st_blocks * 512
+        assert backend.incoming.allocated(made.name) == taken
+        assert path.read_bytes() == bytes(size)
+        return taken >= size
+
+    assert has(SIZE) == whole
+    assert (before - backend.room() >= SIZE) == whole
+    backend.grow(made.name, 2 * SIZE)
+    assert has(2 * SIZE) == whole
+    retired = volume(backend, "vda.old", state=VolumeState.RETIRED)
+    backend.allocate(retired)
+    backend.set_aside(retired, "aside", "name", 3 * SIZE)
+    path = Path(backend.incoming.path) / "aside"
+    assert (path.stat().st_blocks * 512 >= 3 * SIZE) == whole
+
+
+def test_what_has_no_room_is_refused_when_it_is_made(
+    backend: base.Backend, place: str
+) -> None:
+    if place != "dir-falloc":
+        pytest.skip("a file with holes needs no room yet")
+    size = backend.disks.room().capacity
+    with pytest.raises(errors.NoSpace):
+        backend.allocate(volume(backend, size=size))
+    assert backend.volumes.names() == backend.incoming.names() == []
+    made = backend.allocate(volume(backend))
+    with pytest.raises(errors.NoSpace):
+        backend.grow(made.name, size)
 
 
 def test_where_blocks_cannot_be_shared_they_are_copied(

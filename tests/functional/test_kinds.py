@@ -25,7 +25,7 @@ from virtmigrate.units import MiB
 
 SIZE = 24 * MiB
 PAIRS = [("dir-ext4", "rbd"), ("rbd", "dir-xfs"), ("rbd", "rbd")]
-PAIRS += [("shared_dir", "shared_dir"), ("dir-xfs", "shared_dir")]
+PAIRS += [("shared_dir", "shared_dir"), ("dir-xfs", "dir-falloc")]
 """Kinds of backends at the source and at the peer."""
 
 

@@ -289,6 +289,11 @@ class Backend(abc.ABC):
         """Return the chain of a volume as a domain names it."""
         return tuple(self.layer(volume) for volume in self.chain(name))
 
+    @property
+    def preallocates(self) -> bool:
+        """Tell whether raw volumes get all of their room when they are made."""
+        return False
+
     def granularity(self) -> int:
         """Return the bytes that sizes of raw volumes are multiples of."""
         return 1
@@ -308,6 +313,7 @@ class Backend(abc.ABC):
             name,
             ownership=self.settings.ownership,
             busy_timeout=self.settings.busy_timeout,
+            preallocate=self.preallocates and name.endswith(("-disks", "-incoming")),
         )
 
     # Manifests

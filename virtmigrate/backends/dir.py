@@ -7,6 +7,7 @@ not lie where uploads go.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ class DirBackend(base.Backend):
         files=True,
         clones=base.Clones.REFLINK,
     )
+
+    @property
+    def preallocates(self) -> bool:
+        return bool(self.settings.options.get("preallocation") == "falloc")
 
     def ensure(self) -> None:
         for pool in (self.disks, self.incoming, self._records):
@@ -123,7 +128,7 @@ class DirBackend(base.Backend):
             with self._plain(self.incoming, aside, os.O_RDWR) as fd:
                 if fd is None:
                     raise self._unsupported(f"write to {aside}")
-                os.ftruncate(fd, size)
+                self._fit(fd, size)
                 os.fsync(fd)
         self._settle(source)
         return found
@@ -151,13 +156,29 @@ class DirBackend(base.Backend):
             if fd is None:
                 super().grow(name, size)
             elif os.fstat(fd).st_size < size:
-                os.ftruncate(fd, size)
+                self._fit(fd, size)
         self.incoming.refresh()
 
     # Private
 
+    def _fit(self, fd: int, size: int) -> None:
+        """Cut a file, or add zeros, with the room for them."""
+        try:
+            os.ftruncate(fd, size)
+            if self.preallocates and size:
+                os.posix_fallocate(fd, 0, size)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            raise errors.DiskFull(
+                host=self.host.name, pool=self.incoming.name, reason=e.strerror
+            ) from e
+
     def _clone(self, source: model.Volume, volume: model.Volume) -> bool:
         pool = self.pool(source.pool)
+        if self.preallocates:
+            # Blocks that are shared need room when they are written to.
+            return False
         if not (pool.is_local() and self.incoming.is_local()):
             return False
         with (

@@ -61,6 +61,20 @@ backend_opts = [
 # Each is read by one kind only.
 kind_opts = [
     cfg.StrOpt(
+        "preallocation",
+        default="none",
+        choices=[
+            ("none", "files have holes and take room as they are written"),
+            (
+                "falloc",
+                "raw files get all of their room when they are made: a guest never "
+                "finds its host full, and copies within the backend share no blocks",
+            ),
+        ],
+        help="dir, shared_dir: when volumes get their room. Layers over volumes, and "
+        "what only libvirt can make longer, have holes all the same.",
+    ),
+    cfg.StrOpt(
         "rbd_pool",
         default="volumes",
         help="rbd: the RADOS pool.",
