@@ -33,7 +33,7 @@ from virtmigrate import (
     request,
     storagepool,
 )
-from virtmigrate.backends import base
+from virtmigrate.backends import base, layout
 from virtmigrate.formats import DiskFormat
 from virtmigrate.model import Hold, Proof, Role, TransferState, VolumeState
 from virtmigrate.request import Answer, Request, State, Verb
@@ -1378,7 +1378,7 @@ def test_reclaim(place: Place) -> None:
     answer, _ = place.ask(Verb.RECLAIM, backend="local", size=TiB)
     assert answer.size == 2 * size and left() == ["vda.4"]
     records = sorted(p.name for p in (place.root / "local/records").iterdir())
-    assert records == ["vda.4.manifest", "vda.4.rec.1"]
+    assert records == ["vda.4.manifest", "vda.4.rec.1", f"{layout.NAME}.rec.1"]
 
 
 def test_retired_is_what_its_record_says_now(place: Place) -> None:
