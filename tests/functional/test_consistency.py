@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does not go together is found, and only what is ours is ever touched."""
 
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -347,9 +346,6 @@ def test_the_commands(side: Side, backend: base.Backend) -> None:
         assert done.returncode == code, done.stdout + done.stderr
         return json.loads(done.stdout)
 
-    known = importlib.metadata.entry_points(group="virtmigrate.cli")
-    if "storage check" not in known.names:
-        pytest.skip("the environment was set up before these commands were made")
     assert run("check", code=0) == []
     backend.allocate(volume(side, backend))
     (row,) = run("check", code=1)
