@@ -18,7 +18,7 @@ BACKENDS := dir,shared_dir,rbd
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer
 
-.PHONY: help setup image demo test test-unit test-functional test-full lint format \
+.PHONY: help setup image machine-image demo test test-unit test-functional test-full lint format \
 	bench sandbox sandbox-down clean
 
 help: ## Show the targets
@@ -30,6 +30,9 @@ setup: ## Install Debian packages and make .venv
 image: setup
 	@timeout -k 10 300 $(PYTHON) -m sandbox image >/dev/null
 
+machine-image: setup
+	@timeout -k 10 900 $(SANDBOX) machine-image >/dev/null
+
 demo: image ## Move a running guest between two hosts, and watch it go on
 	@timeout -k 10 300 $(SANDBOX) exec --own demo -- $(CURDIR)/$(PYTHON) -m sandbox.demo
 
@@ -38,10 +41,10 @@ test: test-unit test-functional ## Run the unit and the functional tests
 test-unit: setup ## Run the unit tests: no root, no hosts
 	@timeout -k 10 300 $(PYTEST) tests/unit $(TESTARGS)
 
-test-functional: image ## Run the functional tests on hosts of their own
+test-functional: image machine-image ## Run the functional tests on hosts of their own
 	@timeout -k 60 2430 $(FUNCTIONAL) $(TESTARGS)
 
-test-full: image test-unit ## Run all tests, the long ones too
+test-full: image machine-image test-unit ## Run all tests, the long ones too
 	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \
 		timeout -k 30 14300 $(PYTEST) tests/functional \
 		--require-backends=$(BACKENDS) --full $(TESTARGS)

@@ -4,6 +4,7 @@
 from sandbox.ceph import Ceph
 from sandbox.errors import SandboxError
 from sandbox.host import Host
+from sandbox.machine import Machine
 from sandbox.sandbox import Sandbox
 
-__all__ = ["Ceph", "Host", "Sandbox", "SandboxError"]
+__all__ = ["Ceph", "Host", "Machine", "Sandbox", "SandboxError"]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sandbox import errors, guest, namespace, sandbox
+from sandbox import errors, guest, machine, namespace, sandbox
 
 FORWARDED = (
     signal.SIGINT,
@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(function=down)
     command = commands.add_parser("image", help="build the guest image")
     command.set_defaults(function=image)
+    command = commands.add_parser("machine-image", help="build what machines boot from")
+    command.set_defaults(function=machine_image)
     return top
 
 
@@ -145,6 +147,12 @@ def down(arguments: argparse.Namespace) -> int:
 def image(arguments: argparse.Namespace) -> int:
     """Build the guest image, unless it is there, and print its path."""
     print(guest.image().path)
+    return 0
+
+
+def machine_image(arguments: argparse.Namespace) -> int:
+    """Build the root of machines, unless it is there, and print its path."""
+    print(machine.root().disk)
     return 0
 
 

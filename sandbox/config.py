@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
-import grp
 from typing import Any
 
-from sandbox import errors, pki
+from sandbox import pki
 
 SERVICE_GROUP = "libvirt"
 QEMU_USER = "libvirt-qemu"
@@ -31,24 +30,6 @@ class Options:
         kind = pki.Kind(stored["server_certificate"])
         names = tuple(stored["dn_list"])
         return cls(**{**stored, "server_certificate": kind, "dn_list": names})
-
-
-def service_group() -> int:
-    """Return the id of the group that may use libvirt."""
-    try:
-        return grp.getgrnam(SERVICE_GROUP).gr_gid
-    except KeyError:
-        raise errors.SandboxError(
-            f"there is no group {SERVICE_GROUP}; run `make setup`"
-        ) from None
-
-
-def with_member(line: str, user: str) -> str:
-    """Return a line of /etc/group, with a user in the group that may use libvirt."""
-    name, password, number, members = line.split(":")
-    if name == SERVICE_GROUP:
-        members = ",".join(filter(None, [members, user]))
-    return f"{name}:{password}:{number}:{members}\n"
 
 
 def libvirtd(options: Options, uuid: str) -> str:

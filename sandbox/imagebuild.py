@@ -159,7 +159,12 @@ def fill_root(tree: Path, root: Path) -> None:
         '#!/bin/sh\nsync\ncase "$*" in *-r*) reboot -f ;; *) poweroff -f ;; esac\n'
     )
     shutdown.chmod(0o755)
-    modules = list(module_files(tree))
+    put_modules(tree, root, MODULES)
+
+
+def put_modules(tree: Path, root: Path, names: Sequence[str]) -> None:
+    """Copy kernel modules with those that they need, and the order to load them in."""
+    modules = list(module_files(tree, names))
     for path in modules:
         put(path, root / "modules" / path.name)
     order = "".join(f"{path.name}\n" for path in modules)
@@ -174,7 +179,7 @@ def libraries(program: Path) -> list[Path]:
     return [Path(found) for found in re.findall(r"(/\S+) \(0x", listed)]
 
 
-def module_files(tree: Path) -> Iterator[Path]:
+def module_files(tree: Path, names: Sequence[str]) -> Iterator[Path]:
     """Yield the kernel modules in the order in which they must be loaded."""
     found = {path.stem: path for path in (tree / "lib/modules").rglob("*.ko")}
     files = {name.replace("-", "_"): path for name, path in found.items()}
@@ -187,7 +192,7 @@ def module_files(tree: Path) -> Iterator[Path]:
                 yield from visit(needed)
             yield files[name]
 
-    for module in MODULES:
+    for module in names:
         yield from visit(module)
 
 

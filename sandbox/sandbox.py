@@ -13,8 +13,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
-import json
 import os
 import re
 import shutil
@@ -25,7 +23,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sandbox import ceph, config, errors, host, namespace, pki, process, reach
+from sandbox import (
+    accounts,
+    ceph,
+    config,
+    errors,
+    host,
+    lock,
+    machine,
+    namespace,
+    pki,
+    process,
+    reach,
+    state,
+)
 
 DEFAULT_ROOT = "/var/tmp/virtmigrate-sandbox"
 ROOT_VARIABLE = "VIRTMIGRATE_SANDBOX"
@@ -33,10 +44,6 @@ NAME_VARIABLE = "VIRTMIGRATE_SANDBOX_NAME"
 NAME = re.compile(r"[a-z][a-z0-9-]{0,11}")
 CHECKOUT = Path(__file__).resolve().parent.parent
 PREFIX = 24
-FIRST_HOST = 11
-FIRST_CLUSTER = 201
-USER = "mover"
-USER_ID = 64901
 
 
 class Sandbox:
@@ -55,6 +62,7 @@ class Sandbox:
         self.home = self.directory / "home"
         self.pki = self.directory / "pki/trusted"
         self.hosts: dict[str, host.Host] = {}
+        self.machines: dict[str, machine.Machine] = {}
         self.clusters: dict[str, ceph.Ceph] = {}
         self._client = namespace.Namespace(self.directory / "client", ("mount", "net"))
         self._authority = pki.Authority(self.directory / "ca")
@@ -82,12 +90,13 @@ class Sandbox:
         sandbox = cls(name or os.environ.get(NAME_VARIABLE, "none"), root)
         if not sandbox.is_up():
             raise errors.SandboxError(f"sandbox {sandbox.name} is not up")
-        state = sandbox._load()
-        for number, (key, stored) in enumerate(state["hosts"].items()):
-            options = config.Options.load(stored)
-            sandbox.hosts[key] = sandbox._host(key, number, options)
-        for number, key in enumerate(state["clusters"]):
-            sandbox.clusters[key] = sandbox._cluster(key, number)
+        noted = state.load(sandbox._state)
+        for key, options in noted["hosts"].items():
+            sandbox.hosts[key] = sandbox._host(key, noted, config.Options.load(options))
+        for key in noted["machines"]:
+            sandbox.machines[key] = sandbox._machine(key, noted)
+        for key in noted["clusters"]:
+            sandbox.clusters[key] = sandbox._cluster(key, noted)
         return sandbox
 
     # The whole sandbox
@@ -99,7 +108,7 @@ class Sandbox:
     def owner(self) -> process.Record | None:
         """Return the living process that the sandbox belongs to, if any."""
         with contextlib.suppress(OSError, ValueError):
-            record = self._load()["owner"]
+            record = state.load(self._state)["owner"]
             if record is not None and process.Record(**record).is_alive():
                 return process.Record(**record)
         return None
@@ -107,7 +116,7 @@ class Sandbox:
     def is_in_use(self) -> bool:
         """Return whether it is up and not what a killed process left."""
         return self.is_up() and (
-            self.owner() is not None or self._load()["owner"] is None
+            self.owner() is not None or state.load(self._state)["owner"] is None
         )
 
     def up(self, owner: process.Record | None = None) -> None:
@@ -120,7 +129,7 @@ class Sandbox:
         Raises SandboxError when it is in use; nothing is changed then.
         """
         namespace.check_machine()
-        with self._lock():
+        with lock.held(self.root):
             self._refuse_if_used()
             self._reclaim()
             try:
@@ -134,9 +143,10 @@ class Sandbox:
         namespace.check_machine()
         if self.is_inside():
             raise errors.SandboxError(f"this process runs inside sandbox {self.name}")
-        with self._lock():
+        with lock.held(self.root):
             self._reclaim()
             self.hosts.clear()
+            self.machines.clear()
             self.clusters.clear()
             with contextlib.suppress(OSError):
                 self.root.rmdir()
@@ -187,16 +197,26 @@ class Sandbox:
         removed.unmount_storage()
         shutil.rmtree(removed.directory, ignore_errors=True)
 
+    def add_machine(self, name: str) -> machine.Machine:
+        """Make a host with real LVM, in a virtual machine, and start it."""
+        with self._note(name) as noted:
+            if name not in noted["machines"]:
+                noted["machines"].append(name)
+            added = self.machines[name] = self._machine(name, noted)
+        added.start()
+        return added
+
+    def remove_machine(self, name: str) -> None:
+        """End a machine and delete its files; its name and address stay taken."""
+        removed = self.machines[name]
+        removed.kill()
+        shutil.rmtree(removed.directory, ignore_errors=True)
+
     def add_ceph(self, name: str = "ceph") -> ceph.Ceph:
         """Make a Ceph cluster and start it."""
-        if not NAME.fullmatch(name):
-            raise errors.SandboxError(f"not a name for a cluster: {name!r}")
-        with self._lock():
-            state = self._load()
-            state["clusters"].append(name)
-            self._write_state(state)
-            added = self._cluster(name, len(state["clusters"]) - 1)
-            self.clusters[name] = added
+        with self._note(name) as noted:
+            noted["clusters"].append(name)
+            added = self.clusters[name] = self._cluster(name, noted)
         added.start()
         return added
 
@@ -215,7 +235,7 @@ class Sandbox:
           kind: a value of pki.Kind.
         """
         target = self.pki.parent / kind
-        self._authority.client(target, pki.Kind(kind), config.service_group())
+        self._authority.client(target, pki.Kind(kind), accounts.service_group())
         return target
 
     def command(self, argv: Sequence[str], *, user: bool = False) -> list[str]:
@@ -227,10 +247,8 @@ class Sandbox:
         variables = {NAME_VARIABLE: self.name, ROOT_VARIABLE: str(self.root)}
         identity: list[str] = []
         if user:
-            variables |= {"HOME": str(self.home), "USER": USER, "LOGNAME": USER}
-            groups = f"{USER_ID},{config.service_group()}"
-            identity = ["setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}"]
-            identity += [f"--groups={groups}", "--"]
+            variables |= accounts.variables(self.home)
+            identity = accounts.identity()
         settings = [f"{key}={value}" for key, value in variables.items()]
         environment = ["env", f"--chdir={Path.cwd()}", *settings]
         return [*self._client.enter(), *identity, *environment, *argv]
@@ -247,28 +265,6 @@ class Sandbox:
         return process.run(self.command(argv, user=user), timeout=timeout, check=check)
 
     # Private
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Keep other processes from making or removing sandboxes meanwhile."""
-        fd = self._open_root()
-        try:
-            yield
-        finally:
-            os.close(fd)
-
-    def _open_root(self) -> int:
-        while True:
-            self.root.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            if os.fstat(fd).st_uid != os.geteuid():
-                os.close(fd)
-                raise errors.SandboxError(f"{self.root} belongs to somebody else")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if self.root.stat().st_ino == os.fstat(fd).st_ino:
-                    return fd
-            os.close(fd)
 
     def _refuse_if_used(self) -> None:
         if not self.is_in_use():
@@ -297,43 +293,45 @@ class Sandbox:
         self._client.stop()
         shutil.rmtree(self.directory)
 
-    def _load(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(self._state.read_text())
-        return state
-
     def _make(self, owner: process.Record | None) -> None:
         self.directory.mkdir(mode=0o755)
         record = None if owner is None else dataclasses.asdict(owner)
-        self._write_state({"owner": record, "hosts": {}, "clusters": []})
+        state.write(self._state, {"owner": record, "hosts": {}})
         self._write_files()
         self._client.start(self._mounts())
         self._make_bridge()
 
-    def _write_state(self, state: dict[str, Any]) -> None:
-        new = self._state.with_suffix(".new")
-        new.write_text(json.dumps(state, default=lambda value: value.value))
-        new.rename(self._state)
-
     def _register(self, name: str, options: config.Options) -> host.Host:
-        """Note a host with the next free address, and make its name resolve."""
-        if not NAME.fullmatch(name):
-            raise errors.SandboxError(f"not a name for a host: {name!r}")
-        with self._lock():
-            state = self._load()
-            state["hosts"][name] = dataclasses.asdict(options)
-            self._write_state(state)
-            number = list(state["hosts"]).index(name)
-            self.hosts[name] = self._host(name, number, options)
-            self._write_names(list(state["hosts"]))
+        """Note a host with the next free address."""
+        with self._note(name) as noted:
+            noted["hosts"][name] = dataclasses.asdict(options)
+            self.hosts[name] = self._host(name, noted, options)
         return self.hosts[name]
 
-    def _host(self, name: str, number: int, options: config.Options) -> host.Host:
-        place = self._place(f"hosts/{name}", FIRST_HOST + number)
+    @contextlib.contextmanager
+    def _note(self, name: str) -> Iterator[dict[str, Any]]:
+        """Let a new name be added to the state, and make it resolve."""
+        if not NAME.fullmatch(name):
+            raise errors.SandboxError(f"not a name for a host: {name!r}")
+        with lock.held(self.root):
+            noted = state.load(self._state)
+            yield noted
+            state.write(self._state, noted)
+            self._write_names()
+
+    def _host(
+        self, name: str, noted: dict[str, Any], options: config.Options
+    ) -> host.Host:
+        place = self._place(f"hosts/{name}", state.numbers(noted)[name])
         return host.Host(name, place, options)
 
-    def _cluster(self, name: str, number: int) -> ceph.Ceph:
-        place = self._place(f"clusters/{name}", FIRST_CLUSTER + number)
-        return ceph.Ceph(name, place)
+    def _machine(self, name: str, noted: dict[str, Any]) -> machine.Machine:
+        place = self._place(f"hosts/{name}", state.numbers(noted)[name])
+        return machine.Machine(name, place)
+
+    def _cluster(self, name: str, noted: dict[str, Any]) -> ceph.Ceph:
+        number = state.FIRST_CLUSTER + noted["clusters"].index(name)
+        return ceph.Ceph(name, self._place(f"clusters/{name}", number))
 
     def _place(self, directory: str, number: int) -> host.Place:
         return host.Place(
@@ -353,22 +351,18 @@ class Sandbox:
     def _write_files(self) -> None:
         etc = self.directory / "etc"
         etc.mkdir()
-        passwd = f"{USER}:x:{USER_ID}:{USER_ID}::{self.home}:/bin/sh\n"
-        (etc / "passwd").write_text(Path("/etc/passwd").read_text() + passwd)
-        lines = Path("/etc/group").read_text().splitlines()
-        groups = [config.with_member(line, USER) for line in lines]
-        (etc / "group").write_text("".join(groups) + f"{USER}:x:{USER_ID}:\n")
-        self._write_names([])
+        accounts.write(etc, self.home)
+        self._write_names()
         self.home.mkdir(mode=0o700)
-        os.chown(self.home, USER_ID, USER_ID)
+        os.chown(self.home, accounts.USER_ID, accounts.USER_ID)
         self._authority.create()
         self.make_pki("trusted")
 
-    def _write_names(self, names: Sequence[str]) -> None:
+    def _write_names(self) -> None:
         """Write /etc/hosts in place: it is bind-mounted."""
         lines = ["127.0.0.1 localhost", f"{self._address(1)} client"]
-        for number, name in enumerate(names):
-            lines.append(f"{self._address(FIRST_HOST + number)} {name}")
+        names = state.numbers(state.load(self._state))
+        lines += [f"{self._address(n)} {name}" for name, n in names.items()]
         (self.directory / "etc/hosts").write_text("\n".join(lines) + "\n")
 
     def _mounts(self) -> list[list[str]]:
