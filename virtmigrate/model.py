@@ -22,6 +22,9 @@ class VolumeState(enum.Enum):
     RETIRED = "retired"
     """Of an instance that moved away: never started, kept so that a return sends
     only what changed, and removed first when room is short."""
+    DOOMED = "doomed"
+    """Removed; its bytes are being wiped. Nothing uses it, and its name and its room
+    are free when it is gone."""
 
 
 class Proof(enum.Enum):

@@ -35,6 +35,8 @@ READS = (1,)
 MAX_SIZE = 8 * MiB
 _MAGIC = b"virtmigrate-record"
 _BLOCK = 4 * KiB
+_SEAL = 67
+"""Bytes of a record besides its head line and its payload: line ends and a digest."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -75,6 +77,26 @@ def decode(data: bytes, kind: type[T], name: str, generation: int) -> T:
     if number != generation or fields[4] != name.encode():
         raise ValueError("it was written under another name")
     return msgspec.json.decode(rest[:length], type=kind)
+
+
+def is_volume_name(volume: str) -> bool:
+    """Tell whether a volume of this name is a generation of a record."""
+    return any(_parse_all([volume]))
+
+
+def length_of(head: bytes) -> int:
+    """Return how long the record is that begins so; 0 when none does.
+
+    Of a record in a volume that is longer than it.
+    """
+    line, newline, _ = head.partition(b"\n")
+    fields = line.split(b" ", 4)
+    if not newline or len(fields) != 5 or fields[0] != _MAGIC:
+        return 0
+    try:
+        return round_up(len(line) + _number(fields[3]) + _SEAL, _BLOCK)
+    except ValueError:
+        return 0
 
 
 class TooNew(Exception):

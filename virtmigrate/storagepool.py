@@ -19,30 +19,21 @@ import libvirt
 import tenacity
 from oslo_log import log as logging
 
-from virtmigrate import errors, translation, wire, xml
+from virtmigrate import errors, poolxml, translation, wire, xml
 from virtmigrate.host import Host, Session
+from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
 
 _NONCE_AGE = 3600.0
 """Seconds after which a nonce is one that a killed process left."""
 
+_WIPE_RATE = 8 * MiB
+"""Bytes per second that the slowest storage zeroes."""
+
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Ownership:
-    """Who may do what with volumes and directories; None is libvirt's default."""
-
-    uid: int | None = None
-    gid: int | None = None
-    mode: str = "0600"
-    label: str | None = None
-
-    @property
-    def directory_mode(self) -> str:
-        """The volumes' mode and the x bits: QEMU's user passes through, no more."""
-        return f"0{int(self.mode, 8) | 0o111:o}"
+Ownership = poolxml.Ownership
 
 
 @dataclass(frozen=True)
@@ -94,8 +85,9 @@ class Pool:
 
         Raises ConfigurationError when a pool of this name lies elsewhere.
         """
+        text = poolxml.directory(self.name, path, self.ownership)
         with self.host.session(f"making pool {self.name}", pool=self.name) as session:
-            pool = self._define(session, self._directory_xml(path))
+            pool = self._define(session, text)
             if not pool.isActive():
                 pool.create(libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD)
             pool.setAutostart(1)
@@ -169,9 +161,29 @@ class Pool:
     def create_raw(self, name: str, size: int) -> None:
         """Create a raw volume of size bytes, all zeros, exclusively.
 
-        Raises VolumeExists when there is one of this name, NoSpace.
+        Raises VolumeExists when there is one of this name, NoSpace. A thick one that
+        could not be zeroed is deleted, or stays when its host went away: whoever
+        finds it must not believe its bytes.
         """
-        self._create(name, size, "raw")
+        self._create(name, size or int(self.thick), "raw")
+        if self.thick and size:
+            try:
+                self.wipe(name, size)
+            except BaseException:
+                with contextlib.suppress(errors.Error):
+                    self.delete(name)
+                raise
+
+    def wipe(self, name: str, size: int) -> None:
+        """Write zeros over all of a volume, of size bytes, however long it takes."""
+        timeout = self.host.timeouts.call + size / _WIPE_RATE
+
+        def attempt() -> None:
+            doing = f"zeroing {name}"
+            with self._session(doing, volume=name, timeout=timeout) as (_, pool):
+                self._lookup(pool, name).wipe(0)
+
+        self.patiently(attempt)
 
     def create_overlay(
         self, name: str, size: int, base_path: str, base_format: str
@@ -324,48 +336,13 @@ class Pool:
                 raise
         return session.conn.storagePoolDefineXML(text, 0)
 
-    def _directory_xml(self, path: str) -> str:
-        root = xml.element("pool", attributes={"type": "dir"})
-        xml.add(root, "name", self.name)
-        target = xml.add(root, "target")
-        xml.add(target, "path", path)
-        self._permissions(target, self.ownership.directory_mode)
-        return xml.write(root)
-
-    def _permissions(self, target: xml.Element, mode: str) -> None:
-        permissions = xml.add(target, "permissions")
-        xml.add(permissions, "mode", mode)
-        for tag, value in (
-            ("owner", self.ownership.uid),
-            ("group", self.ownership.gid),
-        ):
-            if value is not None:
-                xml.add(permissions, tag, str(value))
-        if self.ownership.label:
-            xml.add(permissions, "label", self.ownership.label)
-
     def _create(
         self, name: str, size: int, fmt: str, backing: xml.Element | None = None
     ) -> None:
-        text = self._volume_xml(name, size, fmt, backing)
-        self._retry(f"creating {name}", lambda _, pool: pool.createXML(text, 0), name)
-
-    def _volume_xml(
-        self, name: str, size: int, fmt: str, backing: xml.Element | None
-    ) -> str:
-        root = xml.element("volume")
-        xml.add(root, "name", name)
-        xml.add(root, "capacity", str(size), unit="B")
         whole = self.thick or (self.preallocate and fmt == "raw")
-        xml.add(root, "allocation", str(size if whole else 0), unit="B")
-        target = xml.add(root, "target")
-        xml.add(target, "format", type=fmt)
-        if fmt == "qcow2":
-            xml.add(target, "compat", "1.1")
-        self._permissions(target, self.ownership.mode)
-        if backing is not None:
-            root.append(backing)
-        return xml.write(root)
+        volume = poolxml.Volume(name, size, fmt, allocation=size if whole else 0)
+        text = poolxml.write(volume, self.ownership, backing)
+        self._retry(f"creating {name}", lambda _, pool: pool.createXML(text, 0), name)
 
     def _lookup(
         self, pool: "libvirt.virStoragePool", name: str
@@ -387,10 +364,12 @@ class Pool:
 
     @contextlib.contextmanager
     def _session(
-        self, doing: str, *, volume: str = "?"
+        self, doing: str, *, volume: str = "?", timeout: float | None = None
     ) -> Iterator[tuple[Session, "libvirt.virStoragePool"]]:
         doing = f"pool {self.name}: {doing}"
-        with self.host.session(doing, pool=self.name, volume=volume) as session:
+        with self.host.session(
+            doing, pool=self.name, volume=volume, timeout=timeout
+        ) as session:
             yield session, session.conn.storagePoolLookupByName(self.name)
 
     def _retry(

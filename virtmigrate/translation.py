@@ -21,7 +21,10 @@ UNVERIFIED = "Failed to verify peer's certificate"
 _BUSY = re.compile(
     r"has asynchronous jobs running|volume '.*' is still (being allocated|in use)"
 )
-_FILE_EXISTS = re.compile(r"volume target path '.*' already exists")
+_FILE_EXISTS = re.compile(
+    r"volume target path '.*' already exists|already exists in volume group"
+)
+_GROUP_FULL = re.compile(r"insufficient (free space|suitable allocatable extents)")
 _NO_CONFIRMATION = "Unable to read TLS confirmation"
 
 # Texts about files of our own, with what is wrong there.
@@ -169,7 +172,8 @@ def _is_made_behind_its_back(error: libvirt.libvirtError) -> bool:
 def _is_full(error: libvirt.libvirtError) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     is_system = error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR
-    return is_system and error.get_int1() in full
+    is_full = is_system and error.get_int1() in full
+    return is_full or bool(_GROUP_FULL.search(_text(error)))
 
 
 def _disk_full(error: libvirt.libvirtError, doing: Doing) -> errors.Error:

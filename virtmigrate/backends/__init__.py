@@ -5,13 +5,14 @@ from oslo_config import cfg
 
 from virtmigrate import conf as options
 from virtmigrate import errors, storagepool
-from virtmigrate.backends import base, dir, rbd, shared_dir
+from virtmigrate.backends import base, dir, lvm, rbd, shared_dir
 from virtmigrate.host import Host
 from virtmigrate.units import MiB
 
 KINDS: dict[str, type[base.Backend]] = {
     "dir": dir.DirBackend,
     "rbd": rbd.RbdBackend,
+    "lvm": lvm.LvmBackend,
     "shared_dir": shared_dir.SharedDirBackend,
 }
 

@@ -258,7 +258,10 @@ class Backend(abc.ABC):
         return volume
 
     def remove(self, name: str) -> None:
-        """Delete a volume, its manifest, then its record; can be called again."""
+        """Delete a volume, its manifest, then its record; can be called again.
+
+        Where its bytes are wiped it is doomed at once, and gone later: see drain().
+        """
         with contextlib.suppress(errors.RecordBroken):
             # A record that was never whole is older than any volume of its name.
             stored = self.volumes.find(name)
@@ -267,8 +270,18 @@ class Backend(abc.ABC):
         self._records.delete(keeping.manifest_name(name))
         self.volumes.remove(name)
 
+    def drain(self, timeout: float = 3600.0) -> bool:
+        """Wait until what was removed is gone; False when `timeout` seconds are over.
+
+        What could not be wiped stays doomed until the next sweep().
+        """
+        return True
+
     def sweep(self) -> None:
-        """Remove what killed proofs of this host left in the backend's pools."""
+        """Remove what killed proofs of this host left in the backend's pools.
+
+        Goes on with what is doomed.
+        """
         for pool in (self.disks, self.incoming, self._records):
             pool.remove_nonces()
 

@@ -12,6 +12,7 @@ backend_opts = [
             ("dir", "files in a directory of this host"),
             ("shared_dir", "files in a directory that several hosts have mounted"),
             ("rbd", "images in a pool of a Ceph cluster"),
+            ("lvm", "logical volumes in a volume group of this host"),
         ],
         help="What stores the volumes.",
     ),
@@ -73,6 +74,27 @@ kind_opts = [
         ],
         help="dir, shared_dir: when volumes get their room. Layers over volumes, and "
         "what only libvirt can make longer, have holes all the same.",
+    ),
+    cfg.StrOpt(
+        "lvm_group",
+        default="virtmigrate",
+        regex=r"^[A-Za-z0-9+_.][A-Za-z0-9+_.-]*$",
+        help="lvm: the volume group. It must be there, and no other pool of libvirt "
+        "may have it.",
+    ),
+    cfg.StrOpt(
+        "volume_clear",
+        default="zero",
+        choices=[
+            ("zero", "zeros are written over it"),
+            (
+                "discard",
+                "its blocks are discarded, where this process may; else zeroed",
+            ),
+            ("none", "nothing; it is deleted at once"),
+        ],
+        help="lvm: what becomes of a volume's bytes when it is removed. A new one is "
+        "always zeroed before anybody uses it.",
     ),
     cfg.StrOpt(
         "rbd_pool",

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes as logical volumes of a volume group that one host has.
+
+Disks, records and what arrives lie in the group, in one pool of libvirt: an upload
+makes libvirt list the group, and open no volume. A volume takes all of its size at
+once and shows what was there before, so it is zeroed before anybody uses it.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from virtmigrate import domainxml, errors, model, poolxml, storagepool
+from virtmigrate.backends import base, clearing, group, keeping
+from virtmigrate.formats import DiskFormat
+from virtmigrate.host import Host
+from virtmigrate.model import VolumeState
+
+
+class LvmBackend(base.Backend):
+    """A volume group of this host."""
+
+    kind = "lvm"
+    capabilities = base.Capabilities(
+        formats=(DiskFormat.RAW,),
+        overlays=False,
+        snapshots=False,
+        shared=False,
+        streams=True,
+        thick=True,
+        files=False,
+    )
+
+    def __init__(self, host: Host, settings: base.Settings) -> None:
+        self.group: str = settings.options["lvm_group"]
+        self._clear: str = settings.options["volume_clear"]
+        self._clearing = clearing.Clearing(self._wipe)
+        self._volumes = group.GroupPool(
+            host,
+            f"virtmigrate-{settings.name}-disks",
+            self.group,
+            settings.ownership,
+            settings.busy_timeout,
+        )
+        super().__init__(host, settings)
+        # An upload makes libvirt open no other volume.
+        self.incoming = self._volumes
+        self.disks = self._volumes
+
+    def pool(self, name: str) -> storagepool.Pool:
+        if name == self._volumes.name:
+            return self._volumes
+        if name == f"virtmigrate-{self.name}-records":
+            ours = self._volumes
+            return group.RecordPool(
+                self.host, ours.name, self.group, ours.ownership, ours.busy_timeout
+            )
+        return super().pool(name)
+
+    @property
+    def records(self) -> str:
+        return self.disks.name
+
+    def ensure(self) -> None:
+        try:
+            self.disks.ensure_defined(poolxml.logical(self.disks.name, self.group))
+        except errors.LibvirtFailed as e:
+            raise errors.ConfigurationError(
+                reason=f"backend {self.name}: libvirt on {self.host.name} has no pool "
+                f"of volume group {self.group} for it: see that the group is there, "
+                f"and that no other pool of libvirt has it (virsh pool-list --all): {e}"
+            ) from e
+        # A killed process may have renamed a volume, or made it longer.
+        self.disks.refresh()
+
+    def close(self) -> None:
+        self._clearing.close()
+
+    def storage(self) -> str:
+        return f"{self.host.name}/lvm {self.group}"
+
+    def granularity(self) -> int:
+        return self._volumes.extent()
+
+    def layer(self, volume: model.Volume) -> domainxml.Layer:
+        return domainxml.Layer(
+            type=domainxml.SourceType.BLOCK,
+            source=self.path(volume),
+            fmt=volume.format,
+        )
+
+    def path(self, volume: model.Volume) -> str:
+        return self.disks.volume_path(volume.name)
+
+    def accept(self, name: str) -> tuple[str, str]:
+        return self.disks.name, self.disks.volume_path(name)
+
+    def persist(self, pool: str, name: str) -> bool:
+        if not self.disks.is_local():
+            return False
+        with self._volumes.device(name, os.O_RDONLY) as fd:
+            if fd is None:
+                # Waits for all of the machine's storage, and needs no right.
+                os.sync()
+            else:
+                os.fsync(fd)
+        return True
+
+    def local_file(self, pool: storagepool.Pool, name: str) -> Path | None:
+        if pool.name != self.disks.name:
+            return None
+        with (
+            contextlib.suppress(errors.VolumeNotFound),
+            self._volumes.device(name, os.O_RDONLY) as fd,
+        ):
+            if fd is not None:
+                return Path(self._volumes.volume_path(name))
+        return None
+
+    # Records
+
+    def chain(self, name: str) -> tuple[model.Volume, ...]:
+        found = super().chain(name)
+        for volume in found:
+            if volume.state is VolumeState.DOOMED:
+                raise errors.VolumeNotFound(
+                    host=self.host.name, pool=self.disks.name, volume=volume.name
+                )
+        return found
+
+    # Removing
+
+    def remove(self, name: str) -> None:
+        stored = None
+        with contextlib.suppress(errors.RecordBroken):
+            stored = self.volumes.find(name)
+        if stored is None or self._clear == "none" or not self.disks.has(name):
+            super().remove(name)
+            return
+        if stored.body.state is not VolumeState.DOOMED:
+            doomed = msgspec.structs.replace(
+                stored.body, state=VolumeState.DOOMED, holds=()
+            )
+            self.update(doomed)
+            self._records.delete(keeping.manifest_name(name))
+        self._clearing.add(name)
+
+    def drain(self, timeout: float = 3600.0) -> bool:
+        return self._clearing.wait(timeout)
+
+    def sweep(self) -> None:
+        super().sweep()
+        for stored in self._catalog.all():
+            if stored.body.state is VolumeState.DOOMED:
+                self._clearing.add(stored.name)
+
+    # What earlier moves left
+
+    def set_aside(
+        self, retired: model.Volume, aside: str, name: str, size: int
+    ) -> base.Reuse:
+        self._demand_managed(f"rename {retired.name}")
+        # Who was killed may not have told libvirt.
+        self.disks.refresh()
+        present, found = set(self.disks.names()), base.Reuse.MOVED
+        if retired.name in present:
+            self._volumes.rename(retired.name, aside)
+        elif aside in present:
+            found = base.Reuse.UNPROVEN
+        else:
+            return base.Reuse.SWITCHED if name in present else base.Reuse.GONE
+        self._volumes.resize(aside, size)
+        return found
+
+    def switch(self, aside: str, name: str) -> None:
+        self._demand_managed(f"rename {aside}")
+        self._volumes.rename(aside, name)
+
+    def grow(self, name: str, size: int) -> None:
+        """Make an incoming volume longer; zeros are added. Raises Unsupported."""
+        self._demand_managed(f"grow {name}")
+        self._volumes.resize(name, max(size, self.disks.physical(name)))
+
+    # Private
+
+    def _reclaim(self, volume: model.Volume) -> int:
+        freed = super()._reclaim(volume)
+        # The room is free when the volume is gone.
+        self.drain()
+        return freed
+
+    def _wipe(self, name: str) -> None:
+        """Wipe and delete a doomed volume; can be called again."""
+        stored = self.volumes.find(name)
+        if stored is None or stored.body.state is not VolumeState.DOOMED:
+            return
+        with contextlib.suppress(errors.VolumeNotFound):
+            if self._volumes.is_open(name):
+                raise errors.StorageError(
+                    host=self.host.name,
+                    pool=self.disks.name,
+                    reason=f"{name} is removed, and somebody still has it open",
+                )
+            if self._clear != "discard" or not self._volumes.discard(name):
+                self._volumes.wipe(name, self.disks.physical(name))
+        super().remove(name)
+
+    def _demand_managed(self, operation: str) -> None:
+        if not self._volumes.is_managed():
+            raise errors.Unsupported(
+                backend=self.name,
+                operation=operation,
+                reason="libvirt cannot do that, and LVM's own commands need root on "
+                f"{self.host.name}",
+            )
