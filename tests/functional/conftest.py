@@ -17,7 +17,7 @@ import libvirt
 import pytest
 from oslo_config import cfg
 
-from sandbox import Host, Sandbox
+from sandbox import Host, Machine, Sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
 from virtmigrate import conf as options
@@ -104,6 +104,27 @@ def cluster(box: Sandbox) -> Iterator[Callable[[], Ceph]]:
     yield start
     if started:
         box.remove_ceph(started[0].name)
+
+
+@pytest.fixture(scope="session")
+def machine(box: Sandbox) -> Iterator[Callable[[], Machine]]:
+    """Returns the host with real LVM, started when somebody needs it first.
+
+    Its volume group belongs to nobody: the sandbox's pool of it is taken away.
+    """
+    started: list[Machine] = []
+
+    def start() -> Machine:
+        if not started:
+            started.append(box.add_machine("gamma"))
+            pool = started[0].group
+            for verb in ("pool-destroy", "pool-undefine"):
+                started[0].run(["virsh", "-q", "-c", Machine.local_uri, verb, pool])
+        return started[0]
+
+    yield start
+    if started:
+        box.remove_machine(started[0].name)
 
 
 @pytest.fixture(scope="session")

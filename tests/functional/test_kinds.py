@@ -40,20 +40,26 @@ class Side:
     """One host, with a backend for files and one for disks."""
 
     def __init__(
-        self, host: sandbox.Host, tmp: Path, disks: dict[str, Any], name: str
+        self,
+        host: places.Where,
+        tmp: Path,
+        disks: dict[str, Any],
+        name: str,
+        grace: int = 2,
     ) -> None:
         self.host = host
         self.name = name
-        self.path = host.storage / f"kinds-{uuid.uuid4().hex[:8]}"
+        storage = host.storage if isinstance(host, sandbox.Host) else Path("/srv")
+        self.path = storage / f"kinds-{uuid.uuid4().hex[:8]}"
         lines = [f"{key} = {value}" for key, value in disks.items()]
         self.config = tmp / "virtmigrate.conf"
         self.config.parent.mkdir()
         self.config.write_text(
-            f"[virtmigrate]\nuri = {host.local_uri}\naddress = {host.name}\n"
+            f"[virtmigrate]\nuri = {places.uri_of(host)}\naddress = {host.name}\n"
             f"virt_type = qemu\nstate_path = {tmp}/state\n"
             f"peer_uri = {host.uri.replace(host.name, '{dest}', 1)}\n"
             f"enabled_backends = files, {name}\nfile_backend = files\n"
-            "call_timeout = 15\nconnect_timeout = 5\nrecord_grace = 2\n"
+            f"call_timeout = 15\nconnect_timeout = 5\nrecord_grace = {grace}\n"
             "settle_interval = 0\nretry_timeout = 0\nresume_age = 0\n"
             "receiver_timeout = 10\n"
             f"[files]\npath = {self.path}\n[{name}]\n" + "\n".join(lines) + "\n"
@@ -80,7 +86,7 @@ class Side:
 
     @contextlib.contextmanager
     def libvirt(self) -> Iterator["libvirt.virConnect"]:
-        conn = libvirt.open(self.host.local_uri)
+        conn = libvirt.open(places.uri_of(self.host))
         try:
             yield conn
         finally:
