@@ -14,7 +14,7 @@ FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 2400 \
 	$(PYTEST) tests/functional --require-backends=$(BACKENDS)
 TESTARGS ?=
 # Kinds that have to be tested: one whose parts are missing fails.
-BACKENDS := dir,shared_dir,rbd
+BACKENDS := dir,shared_dir,lvm,rbd
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer
 

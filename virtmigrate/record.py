@@ -34,6 +34,10 @@ READS = (1,)
 
 MAX_SIZE = 8 * MiB
 _MAGIC = b"virtmigrate-record"
+
+_TRIES = 5
+"""Times that a record is published again because its storage was slow."""
+
 _BLOCK = 4 * KiB
 _SEAL = 67
 """Bytes of a record besides its head line and its payload: line ends and a digest."""
@@ -186,7 +190,7 @@ class Store(Generic[T]):
         Raises RecordConflict when somebody else published; the record is then
         theirs.
         """
-        while True:
+        for _ in range(_TRIES):
             generation = self._next(name, after)
             stored = Stored(name, generation, body)
             began = time.monotonic()
@@ -195,6 +199,14 @@ class Store(Generic[T]):
             if time.monotonic() - began < self._grace / 2:
                 break
             after = generation
+        else:
+            raise errors.StorageError(
+                host=self.pool.host.name,
+                pool=self.pool.name,
+                reason=f"record {name}: writing it took longer than "
+                f"{self._grace / 2:g} s, {_TRIES} times; it may be written. Raise "
+                "record_grace, on all hosts that share this storage",
+            )
         if self._generations(name)[-1:] != [generation]:
             raise self._conflict(name, after)
         return stored

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import types
@@ -26,6 +27,9 @@ from virtmigrate.backends import layout
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
+
+SEED = 20
+"""Chooses the share."""
 
 
 def _kind_of(test: str) -> str | None:
@@ -65,6 +69,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         broken = count["failed"] + count["error"]
         text = f"backend {kind}: {count['passed']} promises kept, {broken} broken"
         terminalreporter.write_line(text)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Of the contract on slow kinds take a seeded share, unless --full."""
+    if config.getoption("--full"):
+        return
+    for kind, count in places.SHARE.items():
+        contract = [item for item in items if _kind_of(item.nodeid) == kind]
+        _sample(config, items, contract, count)
+    inside = "test_what_the_groups_own_host_can_do["
+    _sample(config, items, [item for item in items if inside in item.nodeid], 2)
+
+
+def _sample(
+    config: pytest.Config,
+    items: list[pytest.Item],
+    found: list[pytest.Item],
+    count: int,
+) -> None:
+    few = random.Random(SEED).sample(found, min(count, len(found)))
+    dropped = [item for item in found if item not in few]
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -121,6 +121,9 @@ NEEDS = {
 }
 """Programs without which a kind cannot be tested here."""
 
+SHARE = {"lvm": 8}
+"""Promises of the contract that `make test` shows, of a kind whose place is slow."""
+
 AFAR = frozenset({"lvm"})
 """Kinds whose place is a machine."""
 

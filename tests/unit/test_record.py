@@ -392,6 +392,14 @@ def test_slow_publisher_publishes_again(
     assert store.read("vol") == stored
 
 
+def test_storage_that_is_always_slow_is_said(
+    pool: FakePool, store: record.Store[Body], clock: Clock
+) -> None:
+    pool.before = slow_write(clock, times=1000)
+    with pytest.raises(errors.StorageError, match="record_grace"):
+        store.publish("vol", Body(text="slow"))
+
+
 def test_slow_publisher_that_was_passed_over_loses(
     pool: FakePool, store: record.Store[Body]
 ) -> None:

@@ -74,6 +74,7 @@ class LvmBackend(base.Backend):
             ) from e
         # A killed process may have renamed a volume, or made it longer.
         self.disks.refresh()
+        super().ensure()
 
     def close(self) -> None:
         self._clearing.close()
