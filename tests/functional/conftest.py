@@ -74,7 +74,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Of the contract on slow kinds take a seeded share, unless --full."""
+    """Of what needs a machine take nothing unless that is required; of the contract on
+    slow kinds take a seeded share, unless --full."""
+    if "lvm" not in config.getoption("--require-backends").split(","):
+        _drop(config, items, [item for item in items if _is_on_lvm(item.nodeid)])
     if config.getoption("--full"):
         return
     for kind, count in places.SHARE.items():
@@ -91,9 +94,19 @@ def _sample(
     count: int,
 ) -> None:
     few = random.Random(SEED).sample(found, min(count, len(found)))
-    dropped = [item for item in found if item not in few]
+    _drop(config, items, [item for item in found if item not in few])
+
+
+def _drop(
+    config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]
+) -> None:
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=dropped)
+
+
+def _is_on_lvm(test: str) -> bool:
+    modules = ("test_lvm.py", "test_sandbox_machine.py")
+    return _kind_of(test) == "lvm" or any(module in test for module in modules)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
