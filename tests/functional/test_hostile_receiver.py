@@ -304,11 +304,17 @@ def test_signs_of_life_while_nothing_can_be_listed(
 ) -> None:
     place.transfer()
     place.put(bytes(4096))
-    going = threading.Event()
-    monkeypatch.setattr(os, "fsync", lambda _fd: going.wait(60))
+    reached, going = threading.Event(), threading.Event()
+
+    def stuck(_: int) -> None:
+        reached.set()
+        going.wait(60)
+
+    monkeypatch.setattr(os, "fsync", stuck)
     place.post(job())
     place.receiver.start()
-    until(lambda: place.receiver._desk.is_busy())
+    # Until there it needs the listing itself.
+    assert reached.wait(20)
 
     def broken(*_: object) -> list[str]:
         raise errors.StorageError(host="x", pool="x", reason="x")
