@@ -365,7 +365,7 @@ def test_proofs_do_not_wait_for_reuses(
             lambda: (
                 (answer := place.answer(job(number=9))) and answer.state is State.DONE
             ),
-            5,
+            20,
         )
     finally:
         slow.go.set()
