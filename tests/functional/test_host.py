@@ -23,9 +23,9 @@ from virtmigrate import connection, errors, host
 KiB = 1024
 MiB = 1024 * KiB
 
-DEADLINE = 1.0
+DEADLINE = 2.0
 QUICK = host.Timeouts(connect=DEADLINE, call=DEADLINE)
-LATE = DEADLINE + 1.5  # what a busy machine may add
+LATE = DEADLINE + 3.0  # what a busy machine may add
 
 INSIDE = sandbox.sandbox.NAME_VARIABLE in os.environ
 
