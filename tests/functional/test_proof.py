@@ -144,15 +144,15 @@ class TestWithoutReceiver:
 
     def test_the_guest_still_runs_while_it_is_found_out(self, silent: World) -> None:
         """The first request, which nobody answers, comes before the guest is off."""
-        choose(silent, receiver_timeout=1.5)
+        choose(silent, receiver_timeout=4.0)
         began: dict[str, float] = {}
         instance = silent.spawn(silent.a, silent.image())
         silent.a.progress = Progress(
             lambda report: began.setdefault(report.phase, time.monotonic())
         )
         silent.migrate(instance)
-        assert began["stopping"] - began["preparing"] >= 1.5
-        assert began["handing over"] - began["verifying vda"] < 1.5
+        assert began["stopping"] - began["preparing"] >= 4
+        assert began["handing over"] - began["verifying vda"] < 4
 
     def test_no_request_stays(self, silent: World) -> None:
         move(silent)
