@@ -426,7 +426,7 @@ def test_daemon_killed_in_the_middle(
     try:
         error = copy.hurt(alpha.kill_libvirtd)
         assert isinstance(error, errors.HostError)
-        assert time.monotonic() - began < CALL + 2
+        assert time.monotonic() - began < CALL + 10
     finally:
         alpha.start_libvirtd()
     assert copy.survey().root() != copy.expected().root()
@@ -445,7 +445,7 @@ def test_daemon_frozen_in_the_middle(
     try:
         error = copy.hurt(alpha.freeze)
         assert isinstance(error, errors.HostTimeout)
-        assert CALL <= time.monotonic() - began < 2 * CALL + 3
+        assert CALL <= time.monotonic() - began < 4 * CALL + 10
     finally:
         alpha.thaw()
     copy.send()
@@ -470,7 +470,7 @@ def test_cancelled_while_the_daemon_is_frozen(
     try:
         with pytest.raises(errors.Cancelled):
             copy.send(source=Cancelling(source, copy.size))
-        assert time.monotonic() - began < 2 * CALL + 3
+        assert time.monotonic() - began < 4 * CALL + 10
     finally:
         alpha.thaw()
     copy.remove()

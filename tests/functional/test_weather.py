@@ -484,7 +484,8 @@ def test_tls_does_not_let_it_through(
     copy.send(retry=RETRY)
     assert spoiler.to_host.flipped == 1
     assert copy.is_equal()
-    assert 0 < copy.account.figures().resent <= 2 * STRETCH
+    # What was lost may not have been counted as sent yet.
+    assert copy.account.figures().resent <= 2 * STRETCH
     copy.remove()
 
 
