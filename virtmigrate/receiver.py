@@ -288,6 +288,9 @@ class Receiver:
                 self._pass_over(backend.incoming.name, str(e))
 
     def _sweep_backend(self, backend: base.Backend, known: set[str]) -> None:
+        if backend.capabilities.shared:
+            # Another host's transfers are in its own mailbox: `storage check` has it.
+            return
         for name in backend.incoming.names():
             operation = errand.aside_operation(name)
             is_over = operation is not None and operation not in known

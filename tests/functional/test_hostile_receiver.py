@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A receiver that is late, or beside which somebody left what nobody can read."""
 
+import dataclasses
 import os
 import threading
 import time
@@ -193,6 +194,18 @@ def test_what_was_set_aside_goes_with_its_transfer(place: Place) -> None:
     place.fresh().look()
     left = {path.name for path in place.incoming.iterdir()}
     assert f"vda-r0123abcd.{OTHER}" not in left and len(left) == 5
+
+
+def test_what_another_host_set_aside_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On storage that hosts share: its transfers are in a mailbox of its own."""
+    shared = dataclasses.replace(place.local.capabilities, shared=True)
+    monkeypatch.setattr(type(place.local), "capabilities", shared)
+    place.transfer()
+    path = place.put(b"data", errand.aside_name(REUSE).replace(OPERATION, OTHER))
+    place.fresh().look()
+    assert path.exists()
 
 
 def test_a_sweep_that_fails_holds_up_nobody(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
+import msgspec
 import pytest
 
 import sandbox
@@ -312,3 +313,44 @@ def test_the_state_is_one_of_the_transfer(kinds: Kinds) -> None:
     assert (sent.backend, sent.shared) == (kinds.b.name, is_shared(kinds))
     kinds.a.driver.confirm_migration(None, None, instance, None)
     kinds.b.driver.destroy(None, instance, None)
+
+
+@pytest.mark.parametrize("kinds", [PAIRS[0]], ids="-".join, indirect=True)
+def test_equal_names_in_two_backends(kinds: Kinds) -> None:
+    """A name tells a volume from others of its backend only."""
+    instance = kinds.spawn()
+    add_disk(kinds.a, instance, "vdb", b"another disk")
+    before = kinds.a.root(instance), kinds.a.root(instance, "vdb")
+    assert kinds.a.disk(instance)[1].name == kinds.a.disk(instance, "vdb")[1].name
+    kinds.move(instance)
+    assert (kinds.b.root(instance), kinds.b.root(instance, "vdb")) == before
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
+
+
+def add_disk(side: Side, instance: Any, target: str, data: bytes) -> None:
+    """Give an instance a disk of files, whose volume is called as its root's is."""
+    here = side.driver.node
+    _, root = side.disk(instance)
+    path = Path(here.files.disks.volume_path(root.name))
+    volume = msgspec.structs.replace(
+        root, pool=here.files.disks.name, path=str(path), role=model.Role.EPHEMERAL
+    )
+    here.files.allocate(volume)
+    with path.open("r+b") as file:
+        file.write(data)
+    record = here.instances.read(instance.uuid).body
+    ref = model.DiskRef(
+        target=target, volume=volume.name, backend="files", role=volume.role
+    )
+    here.publish_instance(msgspec.structs.replace(record, disks=(*record.disks, ref)))
+    side.driver.power_off(instance)
+    layers = here.files.layers(volume.name)
+    with side.libvirt() as conn:
+        domain = conn.lookupByUUIDString(instance.uuid)
+        domain.attachDeviceFlags(
+            f"<disk type='file'><driver name='qemu' type='{layers[0].fmt.value}'/>"
+            f"<source file='{path}'/><target dev='{target}' bus='virtio'/></disk>",
+            libvirt.VIR_DOMAIN_AFFECT_CONFIG,
+        )
+    side.driver.power_on(None, instance, None)

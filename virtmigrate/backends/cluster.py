@@ -7,8 +7,9 @@ for how a virtual environment finds them.
 
 import contextlib
 import errno
+import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from virtmigrate import errors
@@ -171,17 +172,12 @@ class Cluster:
             context.remove_omap_keys(op, (key,))
             context.operate_write_op(op, name)
 
-    def identity(self) -> str:
-        """Return what tells this pool from all others: of all clusters."""
-        with self.translated("asking for its id"):
-            context = self.context()
-            return f"rbd {self._connected_id()} {context.get_pool_id()}"
-
     def fsid(self) -> str:
         """Return the id of the cluster."""
         with self.translated("asking for its id"):
             self.context()
-            return self._connected_id()
+            assert self._handle is not None
+            return str(self._handle.get_fsid())
 
     def monitors(self) -> tuple[str, ...]:
         """Return the addresses of the monitors that ceph.conf names."""
@@ -199,10 +195,6 @@ class Cluster:
         return int(stats["kb"]) * 1024, int(stats["kb_avail"]) * 1024
 
     # Private
-
-    def _connected_id(self) -> str:
-        assert self._handle is not None
-        return str(self._handle.get_fsid())
 
     def _connected(self) -> "rados.Rados":
         if self._handle is None:
@@ -267,16 +259,16 @@ def _entries(text: str) -> list[str]:
 
 
 def _rados() -> Any:
-    return _imported(lambda: __import__("rados"))
+    return _imported("rados")
 
 
 def _rbd() -> Any:
-    return _imported(lambda: __import__("rbd"))
+    return _imported("rbd")
 
 
-def _imported(load: Callable[[], Any]) -> Any:
+def _imported(name: str) -> Any:
     try:
-        return load()
+        return importlib.import_module(name)
     except ImportError as e:
         raise errors.ConfigurationError(
             reason="a backend of kind rbd needs the packages python3-rados and "

@@ -48,9 +48,6 @@ class _ClusterPool(storagepool.Pool):
     def refresh(self) -> None:
         """Nothing: what is there is seen at once."""
 
-    def has(self, name: str) -> bool:
-        return name in self.names()
-
     def is_local(self) -> bool:
         """No: there are no files."""
         return False
@@ -64,11 +61,6 @@ class _ClusterPool(storagepool.Pool):
     ) -> Iterator[tuple[Session, "libvirt.virStorageVol"]]:
         """Raise StorageError: libvirt has no streams for these."""
         yield self._no_streams(name)
-
-    def create_overlay(
-        self, name: str, size: int, base_path: str, base_format: str
-    ) -> None:
-        self._no_streams(name)
 
     # Private
 

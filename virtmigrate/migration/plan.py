@@ -72,6 +72,10 @@ def make(
 # Private
 
 
+_Key = tuple[str, str]
+"""A volume of this host: its backend and its name, which is unique only there."""
+
+
 class _Planner:
     def __init__(
         self, here: node.Node, there: Peer, request: Request, operation: str | None
@@ -135,12 +139,12 @@ class _Planner:
     def _transfer(
         self, record: model.Instance, landings: dict[str, landing.Landing]
     ) -> model.Transfer:
-        volumes: dict[str, model.TransferVolume] = {}
+        volumes: dict[_Key, model.TransferVolume] = {}
         for ref in record.disks:
             backend, there = self._here.backend(ref.backend), landings[ref.target]
             if there.shared:
                 volume = self._shared(ref, backend, there.card)
-                volumes[volume.source] = volume
+                volumes[ref.backend, volume.source] = volume
             else:
                 self._add_chain(ref, backend, there.card, volumes)
         self._check_growth(volumes)
@@ -161,18 +165,19 @@ class _Planner:
         ref: model.DiskRef,
         backend: base.Backend,
         card: model.BackendCard,
-        volumes: dict[str, model.TransferVolume],
+        volumes: dict[_Key, model.TransferVolume],
     ) -> None:
         """Add a disk's layers from the lowest up; one that disks share goes once."""
         backing: str | None = None
         chain = backend.chain(ref.volume)
         for level, volume in reversed(list(enumerate(chain))):
-            if volume.name not in volumes:
+            key = ref.backend, volume.name
+            if key not in volumes:
                 suffix = f"-{level}" if level else ""
                 name = f"{ref.target}{suffix}.{self._operation}"
                 sent = self._sent(ref, backend, card, volume, name, backing)
-                volumes[volume.name] = sent
-            backing = volumes[volume.name].name
+                volumes[key] = sent
+            backing = volumes[key].name
 
     def _sent(
         self,
@@ -252,6 +257,6 @@ class _Planner:
             )
         return wanted
 
-    def _check_growth(self, volumes: dict[str, model.TransferVolume]) -> None:
+    def _check_growth(self, volumes: dict[_Key, model.TransferVolume]) -> None:
         if any(v.grow and v.role is Role.NVRAM for v in volumes.values()):
             raise self._refuse("NVRAM cannot grow")
