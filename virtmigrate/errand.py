@@ -28,7 +28,7 @@ from virtmigrate import (
     reservation,
     stream,
 )
-from virtmigrate.backends import base, keeping
+from virtmigrate.backends import base, keeping, terms
 from virtmigrate.model import TransferState, VolumeState
 from virtmigrate.request import Request, Verb
 from virtmigrate.units import MiB
@@ -274,15 +274,15 @@ class Errands:
         self._demand_asked(errand)
         with work.waiting():
             state = backend.set_aside(retired, aside, wanted.volume, wanted.size)
-        if state is base.Reuse.GONE:
+        if state is terms.Reuse.GONE:
             return None
-        if state is base.Reuse.MOVED:
+        if state is terms.Reuse.MOVED:
             found = kept.fitted(wanted.size)
         else:
-            is_switched = state is base.Reuse.SWITCHED
+            is_switched = state is terms.Reuse.SWITCHED
             name = wanted.volume if is_switched else aside
             found, _ = self._survey(errand, backend, name)
-        if state is not base.Reuse.SWITCHED:
+        if state is not terms.Reuse.SWITCHED:
             self._demand_asked(errand)
             backend.switch(aside, wanted.volume)
         return found

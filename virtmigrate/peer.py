@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import libvirt
 import msgspec
 from oslo_log import log as logging
 
@@ -23,6 +22,7 @@ from virtmigrate import (
     known,
     manifest,
     model,
+    needs,
     node,
     pieces,
     reading,
@@ -32,7 +32,6 @@ from virtmigrate import (
     storagepool,
     stream,
     writing,
-    xml,
 )
 from virtmigrate.host import Host
 from virtmigrate.known import Known
@@ -83,18 +82,9 @@ class Peer:
         """
         return self._mailbox.cards.read(node.CARD).body
 
-    def demand(self, needed: "Needs") -> None:
+    def demand(self, needed: needs.Needs) -> None:
         """Raise HostError unless it can run such a domain and has the name free."""
-        with self.host.session("asking what it can run") as session:
-            conn = session.conn
-            self._demand_free(conn, needed)
-            text = conn.getDomainCapabilities(
-                None, needed.arch, needed.machine, needed.virt_type, 0
-            )
-        if needed.cpu_model and not _usable(text, needed.cpu_model):
-            raise errors.HostError(
-                host=self.name, reason=f"CPU model {needed.cpu_model} is not usable"
-            )
+        needs.demand(self.host, needed)
 
     def sees(self, pool: str, nonce: str) -> bool:
         """Tell whether a pool of the peer shows a volume; False without the pool."""
@@ -358,26 +348,6 @@ class Peer:
             preallocate=preallocate,
         )
 
-    def _demand_free(self, conn: "libvirt.virConnect", needed: "Needs") -> None:
-        for domain in conn.listAllDomains(0):
-            if needed.uuid == domain.UUIDString() or needed.name == domain.name():
-                raise errors.HostError(
-                    host=self.name,
-                    reason=f"it has a domain {domain.name()} ({domain.UUIDString()})",
-                )
-
-
-class Needs(model.Struct, frozen=True):
-    """What a domain asks of the host that is to run it."""
-
-    uuid: str
-    name: str
-    arch: str
-    machine: str
-    virt_type: str
-    cpu_model: str | None = None
-    """A named model; None when any CPU of the host will do."""
-
 
 def agree(card: model.HostCard) -> None:
     """Raise HostError unless the peer reads something that we write."""
@@ -401,11 +371,3 @@ def agree(card: model.HostCard) -> None:
 
 def _has(pool: storagepool.Pool, name: str, size: int) -> bool:
     return pool.has(name) and pool.physical(name) == size
-
-
-def _usable(capabilities: str, model_name: str) -> bool:
-    root = xml.parse(capabilities)
-    for found in root.findall("cpu/mode[@name='custom']/model"):
-        if found.text == model_name:
-            return found.get("usable") == "yes"
-    return False

@@ -23,7 +23,7 @@ from tests.functional.test_contract import (
     volume,
 )
 from virtmigrate import backends, conf, errors, host, manifest
-from virtmigrate.backends import base, lvm
+from virtmigrate.backends import lvm, terms
 from virtmigrate.model import VolumeState
 from virtmigrate.units import MiB
 
@@ -76,10 +76,10 @@ def what_is_retired_becomes_incoming(backend: lvm.LvmBackend) -> None:
     assert found.durable
     aside, name = f"vda-r1.{OPERATION}", f"vda.{OPERATION}"
     wanted = aside, name, 2 * SIZE
-    assert backend.set_aside(found, *wanted) is base.Reuse.MOVED
-    assert backend.set_aside(found, *wanted) is base.Reuse.UNPROVEN
+    assert backend.set_aside(found, *wanted) is terms.Reuse.MOVED
+    assert backend.set_aside(found, *wanted) is terms.Reuse.UNPROVEN
     backend.switch(aside, name)
-    assert backend.set_aside(found, *wanted) is base.Reuse.SWITCHED
+    assert backend.set_aside(found, *wanted) is terms.Reuse.SWITCHED
     backend.remove(found.name)
     assert backend.volumes.find(found.name) is None
     assert arrived(backend, name).root() == told(content() + bytes(SIZE)).root()

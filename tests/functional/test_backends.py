@@ -11,7 +11,7 @@ import pytest
 
 import sandbox
 from virtmigrate import backends, conf, errors, host, model
-from virtmigrate.backends import base, layout
+from virtmigrate.backends import base, layout, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.model import Role, VolumeState
 from virtmigrate.units import MiB, TiB
@@ -239,7 +239,7 @@ def test_overlay_where_a_volume_is(backend: base.Backend) -> None:
 def test_overlay_without_the_capability(
     backend: base.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poor = base.Capabilities(
+    poor = terms.Capabilities(
         formats=(DiskFormat.RAW,),
         overlays=False,
         snapshots=False,

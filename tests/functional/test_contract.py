@@ -31,7 +31,7 @@ from virtmigrate import (
     reading,
     stream,
 )
-from virtmigrate.backends import base, keeping, layout
+from virtmigrate.backends import base, keeping, layout, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.model import Hold, Proof, Role, VolumeState
 from virtmigrate.units import KiB, MiB, round_up
@@ -526,17 +526,17 @@ def test_what_is_retired_becomes_incoming(
         assert read(backend, found).root() == told(content()).root()
         return
     set_aside = backend.set_aside(found, aside, name, 2 * SIZE)
-    assert set_aside is base.Reuse.MOVED
+    assert set_aside is terms.Reuse.MOVED
     # Who was killed then finds it, and knows nothing of its bytes.
     again = backend.set_aside(found, aside, name, 2 * SIZE)
-    assert again is base.Reuse.UNPROVEN
+    assert again is terms.Reuse.UNPROVEN
     backend.switch(aside, name)
     again = backend.set_aside(found, aside, name, 2 * SIZE)
-    assert again is base.Reuse.SWITCHED
+    assert again is terms.Reuse.SWITCHED
     backend.remove(found.name)
     assert arrived(backend, name).root() == told(content() + bytes(SIZE)).root()
     backend.incoming.delete(name)
-    assert backend.set_aside(found, aside, name, SIZE) is base.Reuse.GONE
+    assert backend.set_aside(found, aside, name, SIZE) is terms.Reuse.GONE
 
 
 def test_what_the_source_made_is_not_replaced(

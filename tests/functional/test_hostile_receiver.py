@@ -28,8 +28,8 @@ from tests.functional.test_receiver import (
     volume,
 )
 from virtmigrate import desk, errand, errors, model, receiver, request
-from virtmigrate.backends import base
 from virtmigrate.backends import dir as dirs
+from virtmigrate.backends import terms
 from virtmigrate.request import Answer, Request, State, Verb
 
 __all__ = ["alpha", "keeping", "place"]
@@ -130,7 +130,7 @@ def test_reuse_that_nobody_asks_for_any_more(
     place.transfer()
     real = dirs.DirBackend.set_aside
 
-    def forgotten(*args: Any) -> base.Reuse:
+    def forgotten(*args: Any) -> terms.Reuse:
         found = real(*args)
         place.post(msgspec.structs.replace(REUSE, nonce="01", verb=Verb.RELEASE))
         return found

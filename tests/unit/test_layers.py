@@ -52,6 +52,7 @@ FLOORS = {
     "node": 4,
     "events": 4,
     "inventory": 4,
+    "needs": 3,
     "peer": 5,
     "pieces": 4,
     "placement": 5,

@@ -5,7 +5,7 @@ from oslo_config import cfg
 
 from virtmigrate import conf as options
 from virtmigrate import errors, storagepool
-from virtmigrate.backends import base, dir, lvm, rbd, shared_dir
+from virtmigrate.backends import base, dir, lvm, rbd, shared_dir, terms
 from virtmigrate.host import Host
 from virtmigrate.units import MiB
 
@@ -35,9 +35,9 @@ def _load(conf: cfg.ConfigOpts, host: Host, name: str) -> base.Backend:
     return KINDS[kind](host, _settings(conf, name))
 
 
-def _settings(conf: cfg.ConfigOpts, name: str) -> base.Settings:
+def _settings(conf: cfg.ConfigOpts, name: str) -> terms.Settings:
     group = conf[name]
-    return base.Settings(
+    return terms.Settings(
         name=name,
         path=group.path,
         ownership=storagepool.Ownership(

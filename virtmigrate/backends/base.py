@@ -7,103 +7,27 @@ kinds are data, asked before acting: `capabilities`.
 
 import abc
 import contextlib
-import enum
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from oslo_log import log as logging
 
 from virtmigrate import (
     domainxml,
     errors,
-    live,
     manifest,
     model,
-    reading,
-    storagepool,
     stream,
-    writing,
 )
 from virtmigrate.backends import catalog, keeping, layout
+from virtmigrate.backends.access import Access
+from virtmigrate.backends.terms import Capabilities, Reuse, Settings
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
 
 
-class Clones(enum.Enum):
-    """How a volume becomes the copy of another one of its backend."""
-
-    COPY = "copy"
-    """All data is read and written once more; holes stay holes."""
-    REFLINK = "reflink"
-    """The two share their blocks where the file system can; else as COPY."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a kind of backend can do."""
-
-    formats: tuple[DiskFormat, ...]
-    """Formats that its volumes may have."""
-    overlays: bool
-    """A volume can be frozen below a new layer, and the layer dropped or merged."""
-    snapshots: bool
-    """It can keep a volume as it is now, and make it that again."""
-    shared: bool
-    """Several hosts may have it."""
-    streams: bool
-    """libvirt's streams reach its volumes; else data comes in pieces, as files."""
-    thick: bool
-    """A volume takes all of its size at once, and shows what was there before."""
-    files: bool
-    """It can hold NVRAM, memory images and records of instances."""
-    clones: Clones = Clones.COPY
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """An incoming volume, as the host that it came to reads it."""
-
-    size: int
-    """Bytes that it has."""
-    source: reading.Source
-    flush: Callable[[], bool]
-    """Has its bytes on its storage; says False when this process cannot."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A backend's group of options."""
-
-    name: str
-    path: str
-    ownership: storagepool.Ownership
-    reserved: int
-    busy_timeout: float
-    record_grace: float
-    traits: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """What only its kind has."""
-
-
-class Reuse(enum.Enum):
-    """What became of a retired volume."""
-
-    GONE = "gone"
-    """It is not there."""
-    MOVED = "moved"
-    """It was set aside, untouched but for its length."""
-    UNPROVEN = "unproven"
-    """It was set aside earlier; its bytes have to be read to be known."""
-    SWITCHED = "switched"
-    """It is the incoming volume already; its bytes have to be read likewise."""
-
-
-class Backend(abc.ABC):
+class Backend(Access):
     """One place for volumes on one host. Safe to share between threads.
 
     Volumes are found through their records; what has no record does not exist
@@ -114,11 +38,7 @@ class Backend(abc.ABC):
     capabilities: Capabilities
 
     def __init__(self, host: Host, settings: Settings) -> None:
-        self.host = host
-        self.settings = settings
-        self.name = settings.name
-        self.disks = self.pool(f"virtmigrate-{self.name}-disks")
-        self.incoming = self.pool(f"virtmigrate-{self.name}-incoming")
+        super().__init__(host, settings)
         self._records = self.pool(f"virtmigrate-{self.name}-records")
         self.volumes = layout.Volumes(
             self._records, model.Volume, grace=settings.record_grace
@@ -130,7 +50,7 @@ class Backend(abc.ABC):
         self.claims = keeping.Claims()
         """On retired volumes that are being reused or removed."""
 
-    def close(self) -> None:  # noqa: B027 (most have none)
+    def close(self) -> None:
         """Close connections of its own."""
 
     # What a kind must say
@@ -163,10 +83,6 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def persist(self, pool: str, name: str) -> bool:
         """Fsync a volume; False when this process cannot."""
-
-    @abc.abstractmethod
-    def local_file(self, pool: storagepool.Pool, name: str) -> Path | None:
-        """Return the volume's file if this process may read it directly."""
 
     @property
     def records(self) -> str:
@@ -302,11 +218,6 @@ class Backend(abc.ABC):
         """Return the chain of a volume as a domain names it."""
         return tuple(self.layer(volume) for volume in self.chain(name))
 
-    @property
-    def preallocates(self) -> bool:
-        """Tell whether raw volumes get all of their room when they are made."""
-        return False
-
     def granularity(self) -> int:
         """Return the bytes that sizes of raw volumes are multiples of."""
         return 1
@@ -318,16 +229,6 @@ class Backend(abc.ABC):
     def room(self) -> int:
         """Return the bytes that may still be promised, before reservations."""
         return max(0, self.disks.room().free - self.settings.reserved)
-
-    def pool(self, name: str) -> storagepool.Pool:
-        """Return one of the host's pools by name."""
-        return storagepool.Pool(
-            self.host,
-            name,
-            ownership=self.settings.ownership,
-            busy_timeout=self.settings.busy_timeout,
-            preallocate=self.preallocates and name.endswith(("-disks", "-incoming")),
-        )
 
     # Manifests
 
@@ -398,82 +299,6 @@ class Backend(abc.ABC):
                     freed += self._reclaim(volume)
         return freed
 
-    # Incoming volumes
-
-    @contextlib.contextmanager
-    def arrived(self, name: str, ahead: int = reading.WINDOW) -> Iterator[Arrived]:
-        """Open an incoming volume to read it.
-
-        Arguments:
-            ahead: bytes that are fetched at once where only libvirt may read it.
-
-        Raises StorageError for what is no volume of ours but leads elsewhere.
-        """
-        with self.readable(name) as fd:
-            if fd is not None:
-                size = os.lseek(fd, 0, os.SEEK_END)
-                source = reading.FileSource(Path(name), size, fd)
-                yield Arrived(size, source, lambda: _flushed(fd))
-                return
-        size = self.incoming.physical(name)
-        far = reading.VolumeSource(self.incoming, name, size, ahead)
-        yield Arrived(size, far, self._flush_all)
-
-    @contextlib.contextmanager
-    def readable(self, name: str) -> Iterator[int | None]:
-        """Yield a descriptor of an incoming volume, None when only libvirt may read it.
-
-        Raises StorageError for what is no volume of ours but leads elsewhere.
-        """
-        path = self.local_file(self.incoming, name)
-        if path is None:
-            yield None
-            return
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def target(self, name: str, size: int) -> writing.Target:
-        """Return an incoming volume, to write to from this host."""
-        return writing.VolumeTarget(self.incoming, name, size)
-
-    def source(self, volume: model.Volume, size: int) -> reading.Source:
-        """Return a volume of size bytes, to read while nobody writes to it."""
-        pool = self.pool(volume.pool)
-        path = self.local_file(pool, volume.name)
-        if path is not None:
-            return reading.FileSource(path, size)
-        LOG.info(
-            "volume=%s is read through libvirt: this process may not read the file, "
-            "which would be faster",
-            volume.name,
-        )
-        return reading.VolumeSource(pool, volume.name, size)
-
-    def live(self, volume: model.Volume, size: int) -> reading.Source | None:
-        """Return a volume to read beside its guest; None where that gains nothing."""
-        path = self.local_file(self.pool(volume.pool), volume.name)
-        return live.LiveSource(path, size) if path else None
-
-    def grow(self, name: str, size: int) -> None:
-        """Make an incoming volume longer; zeros are added.
-
-        Not by libvirt's resize, which acts on the format that it finds in the bytes.
-        """
-        if self.incoming.physical(name) >= size:
-            return
-        self.incoming.write(name, b"\0", offset=size - 1)
-        # libvirt may have forgotten the error.
-        length = self.incoming.physical(name)
-        if length != size:
-            raise errors.ShortTransfer(
-                volume=name,
-                host=self.host.name,
-                reason=f"it has {length} bytes and not {size} after it grew",
-            )
-
     # Private
 
     def _clone(self, source: model.Volume, volume: model.Volume) -> bool:
@@ -490,14 +315,6 @@ class Backend(abc.ABC):
         self.remove(volume.name)
         LOG.info("host=%s retired volume=%s removed", self.host.name, volume.name)
         return freed
-
-    def _flush_all(self) -> bool:
-        """Have all that was written to incoming on its storage."""
-        if not self.incoming.is_local():
-            return False
-        # Waits for all of the machine's file systems, and needs no right.
-        os.sync()
-        return True
 
     def _demand(self, capability: bool, operation: str) -> None:
         if not capability:
@@ -517,11 +334,6 @@ class Backend(abc.ABC):
 
 
 # Private
-
-
-def _flushed(fd: int) -> bool:
-    os.fsync(fd)
-    return True
 
 
 def _is_retired(volume: model.Volume, owner: str | None) -> bool:

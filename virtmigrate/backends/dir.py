@@ -16,7 +16,7 @@ from pathlib import Path
 from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, storagepool
-from virtmigrate.backends import base, reflink
+from virtmigrate.backends import base, reflink, terms
 from virtmigrate.formats import DiskFormat
 
 LOG = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class DirBackend(base.Backend):
     """A directory on a local file system, its pools in subdirectories."""
 
     kind = "dir"
-    capabilities = base.Capabilities(
+    capabilities = terms.Capabilities(
         formats=(DiskFormat.RAW, DiskFormat.QCOW2),
         overlays=True,
         snapshots=False,
@@ -36,7 +36,7 @@ class DirBackend(base.Backend):
         streams=True,
         thick=False,
         files=True,
-        clones=base.Clones.REFLINK,
+        clones=terms.Clones.REFLINK,
     )
 
     @property
@@ -112,8 +112,8 @@ class DirBackend(base.Backend):
 
     def set_aside(
         self, retired: model.Volume, aside: str, name: str, size: int
-    ) -> base.Reuse:
-        source, found = self.pool(retired.pool), base.Reuse.MOVED
+    ) -> terms.Reuse:
+        source, found = self.pool(retired.pool), terms.Reuse.MOVED
         if not self._renames(source):
             return super().set_aside(retired, aside, name, size)
         before = self._path(source, retired.name)
@@ -124,7 +124,7 @@ class DirBackend(base.Backend):
             before.rename(self._path(self.incoming, aside))
         else:
             return super().set_aside(retired, aside, name, size)
-        if found in (base.Reuse.MOVED, base.Reuse.UNPROVEN):
+        if found in (terms.Reuse.MOVED, terms.Reuse.UNPROVEN):
             with self._plain(self.incoming, aside, os.O_RDWR) as fd:
                 if fd is None:
                     raise self._unsupported(f"write to {aside}")
@@ -196,7 +196,7 @@ class DirBackend(base.Backend):
         self.incoming.refresh()
         return cloned
 
-    def _left(self, aside: str, name: str) -> base.Reuse:
+    def _left(self, aside: str, name: str) -> terms.Reuse:
         """Tell what one who was killed left of a volume that was set aside."""
         before, path = (self._path(self.incoming, each) for each in (aside, name))
         found = [_identity(each) for each in (before, path)]
@@ -204,8 +204,8 @@ class DirBackend(base.Backend):
             # Killed in the middle of a switch.
             before.unlink()
         elif found[0] is not None:
-            return base.Reuse.UNPROVEN
-        return base.Reuse.GONE if found[1] is None else base.Reuse.SWITCHED
+            return terms.Reuse.UNPROVEN
+        return terms.Reuse.GONE if found[1] is None else terms.Reuse.SWITCHED
 
     @contextlib.contextmanager
     def _plain(

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from virtmigrate import domainxml, errors, model, poolxml, storagepool
-from virtmigrate.backends import base, clearing, group, keeping
+from virtmigrate.backends import base, clearing, group, keeping, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 from virtmigrate.model import VolumeState
@@ -23,7 +23,7 @@ class LvmBackend(base.Backend):
     """A volume group of this host."""
 
     kind = "lvm"
-    capabilities = base.Capabilities(
+    capabilities = terms.Capabilities(
         formats=(DiskFormat.RAW,),
         overlays=False,
         snapshots=False,
@@ -33,7 +33,7 @@ class LvmBackend(base.Backend):
         files=False,
     )
 
-    def __init__(self, host: Host, settings: base.Settings) -> None:
+    def __init__(self, host: Host, settings: terms.Settings) -> None:
         self.group: str = settings.options["lvm_group"]
         self._clear: str = settings.options["volume_clear"]
         self._clearing = clearing.Clearing(self._wipe)
@@ -161,17 +161,17 @@ class LvmBackend(base.Backend):
 
     def set_aside(
         self, retired: model.Volume, aside: str, name: str, size: int
-    ) -> base.Reuse:
+    ) -> terms.Reuse:
         self._demand_managed(f"rename {retired.name}")
         # Who was killed may not have told libvirt.
         self.disks.refresh()
-        present, found = set(self.disks.names()), base.Reuse.MOVED
+        present, found = set(self.disks.names()), terms.Reuse.MOVED
         if retired.name in present:
             self._volumes.rename(retired.name, aside)
         elif aside in present:
-            found = base.Reuse.UNPROVEN
+            found = terms.Reuse.UNPROVEN
         else:
-            return base.Reuse.SWITCHED if name in present else base.Reuse.GONE
+            return terms.Reuse.SWITCHED if name in present else terms.Reuse.GONE
         self._volumes.resize(aside, size)
         return found
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from virtmigrate import domainxml, errors, model, reading, storagepool, xml
-from virtmigrate.backends import base, cluster, images, objects
+from virtmigrate.backends import base, cluster, images, objects, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
@@ -20,7 +20,7 @@ class RbdBackend(base.Backend):
     """A pool of a cluster that this host reaches."""
 
     kind = "rbd"
-    capabilities = base.Capabilities(
+    capabilities = terms.Capabilities(
         formats=(DiskFormat.RAW,),
         overlays=False,
         snapshots=True,
@@ -30,7 +30,7 @@ class RbdBackend(base.Backend):
         files=False,
     )
 
-    def __init__(self, host: Host, settings: base.Settings) -> None:
+    def __init__(self, host: Host, settings: terms.Settings) -> None:
         options = settings.options
         self.cluster = cluster.Cluster(
             host.name,
@@ -94,10 +94,12 @@ class RbdBackend(base.Backend):
     # Data
 
     @contextlib.contextmanager
-    def arrived(self, name: str, ahead: int = reading.WINDOW) -> Iterator[base.Arrived]:
+    def arrived(
+        self, name: str, ahead: int = reading.WINDOW
+    ) -> Iterator[terms.Arrived]:
         size = self.disks.physical(name)
         source = images.ImageSource(self.cluster, name, size)
-        yield base.Arrived(size, source, lambda: self.persist(self.disks.name, name))
+        yield terms.Arrived(size, source, lambda: self.persist(self.disks.name, name))
 
     def target(self, name: str, size: int) -> images.ImageTarget:
         return images.ImageTarget(self.cluster, name, size)
@@ -142,15 +144,15 @@ class RbdBackend(base.Backend):
 
     def set_aside(
         self, retired: model.Volume, aside: str, name: str, size: int
-    ) -> base.Reuse:
+    ) -> terms.Reuse:
         present = set(self.disks.names())
-        found = base.Reuse.MOVED
+        found = terms.Reuse.MOVED
         if retired.name in present:
             self._rename(retired.name, aside)
         elif aside in present:
-            found = base.Reuse.UNPROVEN
+            found = terms.Reuse.UNPROVEN
         else:
-            return base.Reuse.SWITCHED if name in present else base.Reuse.GONE
+            return terms.Reuse.SWITCHED if name in present else terms.Reuse.GONE
         with self.cluster.image(aside, f"resizing {aside}", read_only=False) as image:
             image.resize(size)
         return found

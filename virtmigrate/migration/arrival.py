@@ -9,11 +9,12 @@ noted, in a record of its own, that it took the instance.
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, qcow2, record, wire
-from virtmigrate.backends import base, keeping
+from virtmigrate import domainxml, errors, model, node, record
+from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
 from virtmigrate.migration import plan
+from virtmigrate.migration.scrutiny import Scrutiny
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class Arrival:
         self._here = here
         self._stored = stored
         self._transfer = stored.body
-        self._demand_honest()
+        self._scrutiny = Scrutiny(here, stored)
+        self._scrutiny.demand()
 
     def settle(self) -> None:
         """Import the volumes, define the domain, start it, and say so."""
@@ -60,17 +62,17 @@ class Arrival:
                 names = (*backend.incoming.names(), *backend.disks.names())
                 present[backend.name] = set(names)
             if volume.held:
-                self._image(volume)
+                self._scrutiny.image(volume)
             elif volume.shared:
-                self._demand_shared(volume)
+                self._scrutiny.demand_shared(volume)
             elif volume.name not in present[backend.name]:
                 raise errors.VolumeNotFound(
                     host=self._here.name,
                     pool=backend.incoming.name,
                     volume=volume.name,
                 )
-            elif self._recorded(volume) is None:
-                self._demand_self_contained(volume, backend.incoming.name)
+            elif self._scrutiny.recorded(volume) is None:
+                self._scrutiny.demand_self_contained(volume, backend.incoming.name)
 
     def note(self) -> model.Instance:
         """Publish, once, that this host took the instance, before it acts on it."""
@@ -114,7 +116,7 @@ class Arrival:
         for volume in self._transfer.volumes:
             if not volume.shared and not volume.held:
                 backend = self._backend(volume)
-                if self._recorded(volume) is not None:
+                if self._scrutiny.recorded(volume) is not None:
                     # It may be moved already, and its record not say so yet.
                     backend.disks.delete(volume.name)
                 backend.remove(volume.name)
@@ -140,68 +142,6 @@ class Arrival:
 
     def _backend(self, volume: model.TransferVolume) -> base.Backend:
         return self._here.backend(volume.backend)
-
-    def _demand_honest(self) -> None:
-        """Refuse a record that names what is not its own: a peer wrote it."""
-        ending = f".{self._transfer.operation}"
-        sent = {None, *(volume.name for volume in self._transfer.volumes)}
-        for volume in self._transfer.volumes:
-            if volume.shared or volume.held:
-                continue
-            if not volume.name.endswith(ending) or volume.backing not in sent:
-                raise self._dishonest(f"volume {volume.name} is not of this operation")
-        if self._stored.name != self._transfer.operation:
-            raise self._dishonest(f"it is of operation {self._transfer.operation}")
-        if self._transfer.record is not None:
-            self._demand_honest_instance(self._transfer.record)
-
-    def _demand_honest_instance(self, wanted: model.Instance) -> None:
-        """Refuse an instance that is another, or has disks that were not sent."""
-        if wanted.uuid != self._transfer.instance:
-            raise self._dishonest(f"it holds the record of instance {wanted.uuid}")
-        sent = {(v.name, v.backend) for v in self._transfer.volumes if not v.held}
-        for ref in wanted.disks:
-            if (ref.volume, ref.backend) not in sent:
-                raise self._dishonest(f"disk {ref.target} is not of this operation")
-
-    def _image(self, volume: model.TransferVolume) -> model.Volume:
-        """Return the record of an image that a disk stands on here."""
-        found = self._backend(volume).volumes.read(volume.name).body
-        said = (volume.format, volume.size, volume.digest, None)
-        same = (found.format, found.size, found.digest, found.backing) == said
-        if not same or not keeping.is_image(found):
-            raise self._dishonest(f"volume {volume.name} is not the image that it says")
-        return found
-
-    def _demand_shared(self, volume: model.TransferVolume) -> None:
-        """Refuse a volume that both hosts see, and that is not the instance's."""
-        volumes = self._backend(volume).volumes
-        found = volumes.read(volume.name).body
-        honest = self._is_own(found) and found.backing == volume.backing
-        if volume.backing is not None:
-            below = volumes.read(volume.backing).body
-            frozen = below.state is VolumeState.FROZEN
-            honest = honest and frozen and self._is_own(below)
-        if not honest:
-            raise self._dishonest(f"volume {volume.name} is not the instance's")
-
-    def _recorded(self, volume: model.TransferVolume) -> model.Volume | None:
-        """Return the record of a volume of ours; RecordBroken if it is another's."""
-        found = self._backend(volume).volumes.find(volume.name)
-        if found is None:
-            return None
-        owner = (found.body.owner, found.body.operation)
-        if owner != (self._transfer.instance, self._transfer.operation):
-            raise self._dishonest(f"volume {volume.name} belongs to {owner}")
-        return found.body
-
-    def _dishonest(self, reason: str) -> errors.RecordBroken:
-        return errors.RecordBroken(
-            host=self._here.name,
-            pool=node.MAILBOX,
-            record=self._stored.name,
-            reason=reason,
-        )
 
     def _demand_still_ours(self) -> None:
         """Take the domain away again if the instance was given back meanwhile."""
@@ -233,12 +173,12 @@ class Arrival:
     def _import(self, volume: model.TransferVolume) -> bool:
         """Make an incoming volume one of ours; return whether it is durable."""
         if volume.held:
-            return self._image(volume).durable
+            return self._scrutiny.image(volume).durable
         if volume.shared:
-            self._demand_shared(volume)
+            self._scrutiny.demand_shared(volume)
             self._grow_shared(volume)
             return True
-        backend, found = self._backend(volume), self._recorded(volume)
+        backend, found = self._backend(volume), self._scrutiny.recorded(volume)
         if found is not None and found.durable:
             return True
         if found is None:
@@ -247,7 +187,7 @@ class Arrival:
             return _make_durable(backend, found)
         pool, path = backend.accept(volume.name)
         # The source could write to it until here.
-        self._demand_self_contained(volume, pool)
+        self._scrutiny.demand_self_contained(volume, pool)
         proven = msgspec.structs.replace(
             self._record(volume), pool=pool, path=path, state=VolumeState.USABLE
         )
@@ -260,16 +200,6 @@ class Arrival:
         if volume.kept and found.size < volume.size:
             backend.grow(volume.name, volume.size)
             backend.update(msgspec.structs.replace(found, size=volume.size))
-
-    def _demand_self_contained(self, volume: model.TransferVolume, pool: str) -> None:
-        """Refuse a qcow2 volume whose data would lie in a file that it names."""
-        if volume.format is not DiskFormat.QCOW2:
-            return
-        place, doing = self._backend(volume).pool(pool), f"looking at {volume.name}"
-        with place.opened(volume.name, doing) as (session, vol):
-            objection = qcow2.objection(wire.download(session, vol, qcow2.HEADER))
-        if objection:
-            raise self._dishonest(f"volume {volume.name} {objection}")
 
     def _record(self, volume: model.TransferVolume) -> model.Volume:
         pool = self._backend(volume).incoming
@@ -299,7 +229,9 @@ class Arrival:
         }
         named = {disk.target for disk in domainxml.disks(xml) if disk.chain}
         if found or named != set(refs) - {plan.NVRAM}:
-            raise self._dishonest(f"its domain has disks {sorted(named)}; {found}")
+            raise self._scrutiny.refusal(
+                f"its domain has disks {sorted(named)}; {found}"
+            )
         nvram = refs.pop(plan.NVRAM, None)
         xml = domainxml.with_disks(xml, refs)
         if nvram:
@@ -346,11 +278,11 @@ class Arrival:
         False when QEMU is not through with it yet: it is looked at again later.
         """
         stored, backend = self._here.entitled(uuid), self._backend(volume)
-        top = self._recorded(volume)
+        top = self._scrutiny.recorded(volume)
         if top is None or top.backing is None:
             return True
         base_record = backend.volumes.read(top.backing).body
-        self._demand_mergeable(top, base_record, self._disk(stored, volume))
+        self._scrutiny.demand_mergeable(top, base_record, self._disk(stored, volume))
         disks = tuple(
             msgspec.structs.replace(ref, volume=base_record.name)
             if ref.volume == volume.name
@@ -373,26 +305,6 @@ class Arrival:
         """Return the volume that the disk of this target is, by our own record."""
         found = [ref.volume for ref in noted.disks if ref.target == volume.target]
         return found[0] if found else ""
-
-    def _demand_mergeable(
-        self, top: model.Volume, below: model.Volume, disk: str
-    ) -> None:
-        """Refuse to write into what others may stand on.
-
-        The disk is the layer on its frozen base; or the base, if that was merged.
-        """
-        frozen = disk == top.name and below.state is VolumeState.FROZEN
-        if not (frozen or disk == below.name) or not self._is_own(below):
-            raise self._dishonest(
-                f"volume {below.name} is {below.state.value}, {below.role.value} of "
-                f"{below.owner}: {top.name} is not merged into it"
-            )
-
-    def _is_own(self, volume: model.Volume) -> bool:
-        return (
-            volume.owner == self._transfer.instance
-            and volume.role is not model.Role.IMAGE
-        )
 
 
 def _make_durable(backend: base.Backend, volume: model.Volume) -> bool:

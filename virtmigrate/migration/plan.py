@@ -8,7 +8,7 @@ import uuid as uuids
 
 import msgspec
 
-from virtmigrate import domainxml, errors, model, node, peer
+from virtmigrate import domainxml, errors, model, needs, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration import inspection, landing
@@ -123,7 +123,7 @@ class _Planner:
         peer.agree(card)
         cpu = domainxml.cpu_needed(xml)
         self._there.demand(
-            peer.Needs(
+            needs.Needs(
                 uuid=record.uuid,
                 name=record.name,
                 arch=domainxml.arch(xml),

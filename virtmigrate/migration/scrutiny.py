@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked of a transfer's record, before anything is done for it.
+
+A peer wrote it: it is held to its own operation's volumes, and to what is the
+instance's own on storage that both hosts see.
+"""
+
+from virtmigrate import errors, model, node, qcow2, record, wire
+from virtmigrate.backends import base, keeping
+from virtmigrate.formats import DiskFormat
+from virtmigrate.model import VolumeState
+
+
+class Scrutiny:
+    """Looks at one transfer's record, as this host sees what it names."""
+
+    def __init__(self, here: node.Node, stored: record.Stored[model.Transfer]) -> None:
+        self._here = here
+        self._stored = stored
+        self._transfer = stored.body
+
+    def demand(self) -> None:
+        """Refuse a record that names what is not its own: a peer wrote it."""
+        ending = f".{self._transfer.operation}"
+        sent = {None, *(volume.name for volume in self._transfer.volumes)}
+        for volume in self._transfer.volumes:
+            if volume.shared or volume.held:
+                continue
+            if not volume.name.endswith(ending) or volume.backing not in sent:
+                raise self.refusal(f"volume {volume.name} is not of this operation")
+        if self._stored.name != self._transfer.operation:
+            raise self.refusal(f"it is of operation {self._transfer.operation}")
+        if self._transfer.record is not None:
+            self._demand_instance(self._transfer.record)
+
+    def image(self, volume: model.TransferVolume) -> model.Volume:
+        """Return the record of an image that a disk stands on here."""
+        found = self._backend(volume).volumes.read(volume.name).body
+        said = (volume.format, volume.size, volume.digest, None)
+        same = (found.format, found.size, found.digest, found.backing) == said
+        if not same or not keeping.is_image(found):
+            raise self.refusal(f"volume {volume.name} is not the image that it says")
+        return found
+
+    def demand_shared(self, volume: model.TransferVolume) -> None:
+        """Refuse a volume that both hosts see, and that is not the instance's."""
+        volumes = self._backend(volume).volumes
+        found = volumes.read(volume.name).body
+        honest = self._is_own(found) and found.backing == volume.backing
+        if volume.backing is not None:
+            below = volumes.read(volume.backing).body
+            frozen = below.state is VolumeState.FROZEN
+            honest = honest and frozen and self._is_own(below)
+        if not honest:
+            raise self.refusal(f"volume {volume.name} is not the instance's")
+
+    def recorded(self, volume: model.TransferVolume) -> model.Volume | None:
+        """Return the record of a volume of ours; RecordBroken if it is another's."""
+        found = self._backend(volume).volumes.find(volume.name)
+        if found is None:
+            return None
+        owner = (found.body.owner, found.body.operation)
+        if owner != (self._transfer.instance, self._transfer.operation):
+            raise self.refusal(f"volume {volume.name} belongs to {owner}")
+        return found.body
+
+    def demand_self_contained(self, volume: model.TransferVolume, pool: str) -> None:
+        """Refuse a qcow2 volume whose data would lie in a file that it names."""
+        if volume.format is not DiskFormat.QCOW2:
+            return
+        place, doing = self._backend(volume).pool(pool), f"looking at {volume.name}"
+        with place.opened(volume.name, doing) as (session, vol):
+            objection = qcow2.objection(wire.download(session, vol, qcow2.HEADER))
+        if objection:
+            raise self.refusal(f"volume {volume.name} {objection}")
+
+    def demand_mergeable(
+        self, top: model.Volume, below: model.Volume, disk: str
+    ) -> None:
+        """Refuse to write into what others may stand on.
+
+        The disk is the layer on its frozen base; or the base, if that was merged.
+        """
+        frozen = disk == top.name and below.state is VolumeState.FROZEN
+        if not (frozen or disk == below.name) or not self._is_own(below):
+            raise self.refusal(
+                f"volume {below.name} is {below.state.value}, {below.role.value} of "
+                f"{below.owner}: {top.name} is not merged into it"
+            )
+
+    def refusal(self, reason: str) -> errors.RecordBroken:
+        return errors.RecordBroken(
+            host=self._here.name,
+            pool=node.MAILBOX,
+            record=self._stored.name,
+            reason=reason,
+        )
+
+    # Private
+
+    def _backend(self, volume: model.TransferVolume) -> base.Backend:
+        return self._here.backend(volume.backend)
+
+    def _demand_instance(self, wanted: model.Instance) -> None:
+        """Refuse an instance that is another, or has disks that were not sent."""
+        if wanted.uuid != self._transfer.instance:
+            raise self.refusal(f"it holds the record of instance {wanted.uuid}")
+        sent = {(v.name, v.backend) for v in self._transfer.volumes if not v.held}
+        for ref in wanted.disks:
+            if (ref.volume, ref.backend) not in sent:
+                raise self.refusal(f"disk {ref.target} is not of this operation")
+
+    def _is_own(self, volume: model.Volume) -> bool:
+        return (
+            volume.owner == self._transfer.instance
+            and volume.role is not model.Role.IMAGE
+        )
