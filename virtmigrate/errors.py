@@ -33,6 +33,10 @@
     ├── TransferError
     │   ├── ShortTransfer, SourceChanged
     │   └── VerificationFailed
+    ├── ImageError
+    │   ├── ImageRefused
+    │   ├── ImageNotConverted
+    │   └── ImageUnavailable
     └── MigrationError
         ├── MigrationRefused
         ├── MigrationRolledBack
@@ -296,6 +300,29 @@ class VerificationFailed(TransferError):
         "copying {volume} to {host}: the copy differs from the source (digest "
         "{found}, expected {expected}); the copy is not used"
     )
+
+
+# Images
+
+
+class ImageError(Error):
+    msg = "image {image}: {reason}"
+
+
+class ImageRefused(ImageError):
+    """What came in is not what was declared, or not safe to use."""
+
+    msg = "image {image} is refused: {reason}. Nothing of it is used"
+
+
+class ImageNotConverted(ImageError):
+    msg = (
+        "image {image} was not converted: {reason}. What was written of it is not used"
+    )
+
+
+class ImageUnavailable(ImageError):
+    msg = "image {image} cannot be fetched: {reason}"
 
 
 # Moving instances

@@ -37,6 +37,9 @@ FLOORS = {
     "poolxml": 2,
     "storagepool": 2,
     "record": 2,
+    # Images that come in: how they are looked at, and where they come from.
+    "door": 2,
+    "sources": 2,
     "locks": 2,
     "backends": 3,
     "journal": 3,
@@ -174,8 +177,8 @@ def test_a_circle_is_found() -> None:
     assert not circle({"a": {"b", "c"}, "b": {"c"}})
 
 
-STARTS_PROGRAMS = {"backends.lvmtools"}
-"""LVM's own commands: lists of arguments, on this host, by no shell."""
+STARTS_PROGRAMS = {"backends.lvmtools", "door.confined"}
+"""LVM's own commands, and what reads images: lists of arguments, by no shell."""
 
 BELOW_THE_FACE = [name for name in sorted(GRAPH) if FLOORS.get(room(name), 9) < 9]
 

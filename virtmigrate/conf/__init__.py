@@ -14,7 +14,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from virtmigrate import errors
-from virtmigrate.conf import host, transfer
+from virtmigrate.conf import host, image, transfer
 from virtmigrate.conf.backend import backend_opts as backend_opts
 from virtmigrate.conf.backend import kind_opts as kind_opts
 
@@ -25,6 +25,7 @@ ALL_HOST_OPTS = [
     *host.timeout_opts,
     *transfer.transfer_opts,
     *transfer.receiver_opts,
+    *image.image_opts,
     *host.backend_list_opts,
 ]
 
