@@ -18,7 +18,7 @@
     ├── StorageError
     │   ├── NoBackend, StorageDown, LayoutRefused
     │   ├── PoolNotFound, PoolBusy
-    │   ├── VolumeNotFound, VolumeExists
+    │   ├── VolumeNotFound, VolumeExists, VolumeInUse
     │   ├── NoSpace
     │   │   └── DiskFull
     │   └── RecordError
@@ -192,6 +192,13 @@ class VolumeNotFound(StorageError):
 
 class VolumeExists(StorageError):
     msg = "host {host}: pool {pool} already has a volume {volume}"
+
+
+class VolumeInUse(StorageError):
+    msg = (
+        "host {host}: volume {volume} in pool {pool} is needed by {users}; it was "
+        "left as it is"
+    )
 
 
 class NoSpace(StorageError):

@@ -126,6 +126,9 @@ class Volume(Struct, frozen=True):
     """The host that made it."""
     backing: str | None = None
     """Name of the volume below, whose record stands in the same backend."""
+    parent: str | None = None
+    """The volume in the same backend that this one's storage shares blocks with, so
+    that it has to stay; not part of its backing chain."""
     digest: Digest | None = None
     """Of its bytes when the operation that proved it ended."""
     durable: bool = False

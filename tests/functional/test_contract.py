@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import random
 import re
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 
 import sandbox
 from sandbox.ceph import Ceph
-from tests.functional import places
+from tests.functional import conftest, places
 from virtmigrate import (
     backends,
     domainxml,
@@ -86,7 +87,8 @@ def backend(
 def nothing_stays(backend: base.Backend) -> Iterator[None]:
     """Each test begins with an empty backend, and shows that all can be removed."""
     yield
-    for name in backend.volumes.names():
+    # What stands on an image goes first.
+    for name in sorted(backend.volumes.names(), key=lambda name: name == "image"):
         backend.remove(name)
     assert backend.drain(timeout=60)
     for pool in (backend.incoming, backend.disks, backend.volumes.pool):
@@ -366,6 +368,272 @@ def test_a_copy_that_fails_leaves_nothing(
         backend.copy(found, volume(backend), mover)
     assert backend.volumes.names() == ["image"]
     assert backend.incoming.names() == []
+
+
+# Clones
+
+
+CLONE = f"vda.{OPERATION}"
+
+
+def image(backend: base.Backend, tmp: Path) -> model.Volume:
+    """A usable image, in the cache of a backend."""
+    return settled(backend, tmp, name="image", role=Role.IMAGE, owner="", operation="")
+
+
+def clone(
+    backend: base.Backend, found: model.Volume, name: str = CLONE, size: int = SIZE
+) -> model.Volume:
+    """A disk that is made of an image."""
+    with stream.Mover() as mover:
+        made = backend.clone(found, volume(backend, name, size=size), mover)
+    assert backend.volumes.read(name).body == made
+    pool, path = backend.accept(name)
+    return backend.update(
+        msgspec.structs.replace(made, pool=pool, path=path, state=VolumeState.USABLE)
+    )
+
+
+def seen(backend: base.Backend, found: model.Volume, tmp: Path) -> str:
+    """Digest of what the guest of a disk reads."""
+    if found.format is DiskFormat.RAW:
+        return read(backend, found).root()
+    path = tmp / "seen"
+    view = conftest.guest_view(backend.layers(found.name))
+    argv = ["qemu-img", "convert", "-U", "-O", "raw", view, str(path)]
+    subprocess.run(argv, check=True, timeout=60)
+    return told(path.read_bytes()).root()
+
+
+def spoil(backend: base.Backend, found: model.Volume) -> None:
+    """Write to a disk as its guest would."""
+    if found.format is DiskFormat.RAW:
+        with contextlib.ExitStack() as stack:
+            if backend.disks.name != backend.incoming.name:
+                file = stack.enter_context(Path(found.path).open("r+b"))
+                file.write(b"spoilt")
+                return
+            target = backend.target(found.name, found.size)
+            writer = stack.enter_context(target.writer(found.size, lambda: None))
+            writer.write(0, b"spoilt")
+        return
+    argv = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", found.path]
+    subprocess.run(argv, check=True, timeout=30, stdout=subprocess.DEVNULL)
+
+
+def names(backend: base.Backend) -> set[str]:
+    """All volumes, whatever they are of."""
+    return {*backend.incoming.names(), *backend.disks.names()} - {
+        name for name in backend.disks.names() if ".rec." in name or ".man" in name
+    }
+
+
+def test_a_clone_holds_what_its_image_does(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    made = clone(backend, image(backend, tmp_path))
+    assert seen(backend, made, tmp_path) == told(content()).root()
+    how = backend.capabilities.clones
+    stands = (made.format, made.backing, made.parent)
+    shares = how is terms.Clones.SHARED
+    if how is terms.Clones.OVERLAY:
+        assert stands == (DiskFormat.QCOW2, "image", None)
+    else:
+        assert stands == (DiskFormat.RAW, None, "image" if shares else None)
+    users = {made.name} if made.backing or made.parent else set()
+    assert backend.users("image") == users
+
+
+def test_a_longer_clone_ends_in_zeros(backend: base.Backend, tmp_path: Path) -> None:
+    made = clone(backend, image(backend, tmp_path), size=3 * SIZE)
+    assert made.size == 3 * SIZE
+    expected = told(content() + bytes(2 * SIZE)).root()
+    assert seen(backend, made, tmp_path) == expected
+
+
+def test_clones_change_alone(backend: base.Backend, tmp_path: Path) -> None:
+    found = image(backend, tmp_path)
+    first, second = clone(backend, found, "vda.1"), clone(backend, found, "vda.2")
+    before = told(content()).root()
+    spoil(backend, first)
+    assert seen(backend, first, tmp_path) != before
+    assert seen(backend, second, tmp_path) == before
+    assert read(backend, found).root() == before
+    backend.remove(first.name)
+    assert seen(backend, second, tmp_path) == before
+
+
+def test_a_clone_says_what_it_stands_on_before_it_is_made(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    """Who removes the image sees it, or is seen by the fence."""
+    found = image(backend, tmp_path)
+    noted: list[model.Volume] = []
+
+    def fence() -> None:
+        noted.append(backend.volumes.read(CLONE).body)
+        assert CLONE not in names(backend)
+
+    with stream.Mover() as mover:
+        made = backend.clone(found, volume(backend), mover, fence)
+    assert noted == [made]
+    assert made.state is VolumeState.INCOMPLETE
+
+
+def test_a_fenced_clone_leaves_nothing(backend: base.Backend, tmp_path: Path) -> None:
+    found, before = image(backend, tmp_path), names(backend)
+
+    def fence() -> None:
+        raise errors.InvalidState(instance="", host="", state="", reason="it goes")
+
+    with stream.Mover() as mover, pytest.raises(errors.InvalidState):
+        backend.clone(found, volume(backend), mover, fence)
+    assert backend.volumes.names() == ["image"]
+    assert names(backend) == before
+    backend.remove("image")
+
+
+def test_a_clone_that_fails_leaves_nothing(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    """Its storage refuses, and then its image is gone."""
+    found, before = image(backend, tmp_path), names(backend)
+    backend.incoming.create_raw(CLONE, MiB)
+    with stream.Mover() as mover:
+        with pytest.raises(errors.VolumeExists):
+            backend.clone(found, volume(backend), mover)
+        assert backend.volumes.names() == ["image"]
+        assert names(backend) == before | {CLONE}, "it deleted what another made"
+        backend.incoming.delete(CLONE)
+        backend.pool(found.pool).delete("image")
+        with pytest.raises(errors.Error):
+            backend.clone(found, volume(backend), mover)
+    assert backend.volumes.names() == ["image"]
+    assert names(backend) == before - {"image"}
+
+
+def test_a_killed_clone_is_made_again(backend: base.Backend, tmp_path: Path) -> None:
+    found = image(backend, tmp_path)
+    with stream.Mover() as mover:
+        backend.clone(found, volume(backend), mover)
+        with pytest.raises(errors.RecordConflict):
+            backend.clone(found, volume(backend, operation=OTHER), mover)
+    assert seen(backend, clone(backend, found), tmp_path) == told(content()).root()
+    with stream.Mover() as mover, pytest.raises(errors.RecordConflict):
+        backend.clone(found, volume(backend), mover)
+    assert backend.volumes.read(CLONE).body.state is VolumeState.USABLE
+
+
+def test_what_is_no_usable_image_is_not_cloned(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    found = image(backend, tmp_path)
+    wrong = [
+        msgspec.structs.replace(found, role=Role.ROOT),
+        msgspec.structs.replace(found, state=VolumeState.INCOMPLETE),
+        msgspec.structs.replace(found, size=2 * SIZE),
+    ]
+    with stream.Mover() as mover:
+        for each in wrong:
+            with pytest.raises(errors.Unsupported, match="image"):
+                backend.clone(each, volume(backend), mover)
+    assert backend.volumes.names() == ["image"]
+
+
+def test_an_image_with_clones_stays(backend: base.Backend, tmp_path: Path) -> None:
+    made = clone(backend, image(backend, tmp_path))
+    if not (made.backing or made.parent):
+        backend.remove("image")
+        assert seen(backend, made, tmp_path) == told(content()).root()
+        return
+    for state in (VolumeState.INCOMPLETE, VolumeState.RETIRED, VolumeState.USABLE):
+        backend.update(msgspec.structs.replace(made, state=state))
+        with pytest.raises(errors.VolumeInUse, match=f"image .* {CLONE}"):
+            backend.remove("image")
+    found = backend.volumes.read("image").body
+    assert read(backend, found).root() == told(content()).root()
+    assert seen(backend, made, tmp_path) == told(content()).root()
+    backend.remove(made.name)
+    assert backend.drain(timeout=60)
+    backend.remove("image")
+    assert backend.drain(timeout=60)
+    assert backend.volumes.names() == [] and names(backend) == set()
+
+
+def test_an_image_goes_with_its_own_instance(
+    backend: base.Backend, tmp_path: Path
+) -> None:
+    """One that came with it by a move; in whatever order they go."""
+    found = settled(backend, tmp_path, name="image", role=Role.IMAGE)
+    top = volume(backend, "top", backing="image", state=VolumeState.USABLE)
+    backend.volumes.publish("top", top)
+    backend.remove("image")
+    assert backend.volumes.find(found.name) is None
+
+
+def test_a_flattened_clone_stands_alone(backend: base.Backend, tmp_path: Path) -> None:
+    made = clone(backend, image(backend, tmp_path), size=2 * SIZE)
+    spoil(backend, made)
+    before = seen(backend, made, tmp_path)
+    if made.backing:
+        with pytest.raises(errors.Unsupported, match=backend.name):
+            backend.flatten(made.name)
+        assert seen(backend, made, tmp_path) == before
+        return
+    for _ in range(2):
+        flat = backend.flatten(made.name)
+        assert flat == msgspec.structs.replace(made, parent=None)
+        assert backend.volumes.read(made.name).body == flat
+    backend.remove("image")
+    assert seen(backend, flat, tmp_path) == before
+
+
+def test_a_clone_is_copied(backend: base.Backend, tmp_path: Path) -> None:
+    made = clone(backend, image(backend, tmp_path))
+    spoil(backend, made)
+    with stream.Mover() as mover:
+        if made.backing:
+            with pytest.raises(errors.Unsupported, match=backend.name):
+                backend.copy(made, volume(backend, "copy"), mover)
+            return
+        copied = backend.copy(made, volume(backend, "copy"), mover)
+    assert (copied.backing, copied.parent) == (None, None)
+    expected = seen(backend, made, tmp_path)
+    backend.remove(made.name)
+    assert arrived(backend, copied.name).root() == expected
+
+
+def test_a_retired_clone_is_reclaimed(backend: base.Backend, tmp_path: Path) -> None:
+    made = clone(backend, image(backend, tmp_path))
+    backend.update(msgspec.structs.replace(made, state=VolumeState.RETIRED))
+    aside = f"vda-r1.{OTHER}", f"vda.{OTHER}", SIZE
+    if made.parent:
+        with pytest.raises(errors.Unsupported, match=backend.name):
+            backend.set_aside(made, *aside)
+        assert seen(backend, made, tmp_path) == told(content()).root()
+    freed = backend.reclaim(lambda freed: False)
+    assert (freed < SIZE) == bool(made.backing or made.parent) or freed <= SIZE
+    assert backend.users("image") == set()
+    backend.remove("image")
+
+
+def test_the_state_of_a_clone_is_kept(backend: base.Backend, tmp_path: Path) -> None:
+    if not backend.capabilities.snapshots:
+        return  # refused, see below
+    made = clone(backend, image(backend, tmp_path))
+    spoil(backend, made)
+    before = seen(backend, made, tmp_path)
+    backend.keep_state(made.name, OTHER)
+    backend.grow(made.name, 2 * SIZE)
+    fill(backend, made.name, content(2), tmp_path)
+    with pytest.raises(errors.Unsupported, match="keeps its state"):
+        backend.flatten(made.name)
+    backend.restore_state(made.name, OTHER)
+    assert seen(backend, made, tmp_path) == before
+    flat = backend.flatten(made.name)
+    assert seen(backend, flat, tmp_path) == before
+    backend.remove("image")
+    assert seen(backend, flat, tmp_path) == before
 
 
 # The layout

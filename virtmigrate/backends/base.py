@@ -16,35 +16,24 @@ from virtmigrate import (
     errors,
     manifest,
     model,
-    stream,
 )
-from virtmigrate.backends import catalog, keeping, layout
-from virtmigrate.backends.access import Access
-from virtmigrate.backends.terms import Capabilities, Reuse, Settings
-from virtmigrate.formats import DiskFormat
+from virtmigrate.backends import keeping, layout, making
+from virtmigrate.backends.terms import Reuse, Settings
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
 
 
-class Backend(Access):
+class Backend(making.Making):
     """One place for volumes on one host. Safe to share between threads.
 
     Volumes are found through their records; what has no record does not exist
     for us, and is never touched.
     """
 
-    kind: str
-    capabilities: Capabilities
-
     def __init__(self, host: Host, settings: Settings) -> None:
         super().__init__(host, settings)
-        self._records = self.pool(f"virtmigrate-{self.name}-records")
-        self.volumes = layout.Volumes(
-            self._records, model.Volume, grace=settings.record_grace
-        )
         self.layout = layout.Keeper(self.name, self._records, settings.record_grace)
-        self._catalog = catalog.Catalog(self.volumes)
         self.images = keeping.Images(self.name, self.volumes, self._catalog)
         """What peers count on."""
         self.claims = keeping.Claims()
@@ -69,10 +58,6 @@ class Backend(Access):
         """Return how a domain names the volume."""
 
     @abc.abstractmethod
-    def path(self, volume: model.Volume) -> str:
-        """Return where this host's QEMU finds the volume."""
-
-    @abc.abstractmethod
     def accept(self, name: str) -> tuple[str, str]:
         """Move a proven volume from incoming to where disks lie.
 
@@ -90,62 +75,6 @@ class Backend(Access):
         return self._records.name
 
     # Records
-
-    def allocate(self, volume: model.Volume) -> model.Volume:
-        """Publish the record as incomplete, then create the volume, raw and sparse.
-
-        On failure nothing of it stays.
-        """
-        self.volumes.publish(volume.name, volume)
-        try:
-            self.pool(volume.pool).create_raw(volume.name, volume.size)
-        except BaseException:
-            self.volumes.remove(volume.name)
-            raise
-        return volume
-
-    def copy(
-        self, source: model.Volume, volume: model.Volume, mover: stream.Mover
-    ) -> model.Volume:
-        """Create an incoming raw volume that holds what another one holds.
-
-        From then on the two change independently; where the new one is longer, zeros
-        follow. Nobody may be writing to the source. Raises Unsupported for what is
-        not raw; on failure nothing of it stays.
-
-        Arguments:
-            source: any raw volume of this backend.
-            volume: what is to be made, in incoming.
-            mover: copies where the storage itself cannot.
-        """
-        raw = source.format is volume.format is DiskFormat.RAW
-        self._demand(raw and not source.backing, f"copy {source.name}")
-        self._demand(source.size <= volume.size, f"shrink a copy of {source.name}")
-        self.allocate(volume)
-        try:
-            if not self._clone(source, volume):
-                read = self.source(source, source.size)
-                mover.copy(read, self.target(volume.name, volume.size))
-        except BaseException:
-            self.remove(volume.name)
-            raise
-        return volume
-
-    def overlay(self, volume: model.Volume, base: model.Volume) -> model.Volume:
-        """Create a qcow2 layer over base, which must not change any more.
-
-        Raises Unsupported. On failure nothing of it stays.
-        """
-        self._demand(self.capabilities.overlays, "put a layer over a volume")
-        self.volumes.publish(volume.name, volume)
-        try:
-            self.pool(volume.pool).create_overlay(
-                volume.name, volume.size, self.path(base), base.format.value
-            )
-        except BaseException:
-            self.volumes.remove(volume.name)
-            raise
-        return volume
 
     def keep_state(self, name: str, operation: str) -> None:
         """Keep a volume as it is now, for an operation; nothing happens twice.
@@ -177,14 +106,10 @@ class Backend(Access):
         """Delete a volume, its manifest, then its record; can be called again.
 
         Where its bytes are wiped it is doomed at once, and gone later: see drain().
+        Raises VolumeInUse for an image that others stand on, and touches nothing then.
         """
-        with contextlib.suppress(errors.RecordBroken):
-            # A record that was never whole is older than any volume of its name.
-            stored = self.volumes.find(name)
-            if stored is not None:
-                self.pool(stored.body.pool).delete(name)
-        self._records.delete(keeping.manifest_name(name))
-        self.volumes.remove(name)
+        self._demand_unused(name)
+        self._delete(name)
 
     def drain(self, timeout: float = 3600.0) -> bool:
         """Wait until what was removed is gone; False when `timeout` seconds are over.
@@ -301,9 +226,26 @@ class Backend(Access):
 
     # Private
 
-    def _clone(self, source: model.Volume, volume: model.Volume) -> bool:
-        """Let the storage copy into a new volume; False where it cannot."""
-        return False
+    def _demand_unused(self, name: str) -> None:
+        """Raise VolumeInUse for an image that volumes of others stand on."""
+        stored = None
+        with contextlib.suppress(errors.RecordBroken):
+            stored = self.volumes.find(name)
+        if stored is None or not making.is_image(stored.body):
+            return
+        users = sorted(self.users(name) - self._of_owner(stored.body.owner))
+        if users:
+            raise errors.VolumeInUse(
+                host=self.host.name,
+                pool=stored.body.pool,
+                volume=name,
+                users=", ".join(users),
+            )
+
+    def _of_owner(self, owner: str) -> set[str]:
+        """Return the volumes of an instance; they go together, in any order."""
+        found = (stored.body for stored in self._catalog.all())
+        return {each.name for each in found if owner and each.owner == owner}
 
     def _reclaim(self, volume: model.Volume) -> int:
         """Remove a retired volume; return the bytes that it took."""
@@ -315,15 +257,6 @@ class Backend(Access):
         self.remove(volume.name)
         LOG.info("host=%s retired volume=%s removed", self.host.name, volume.name)
         return freed
-
-    def _demand(self, capability: bool, operation: str) -> None:
-        if not capability:
-            raise self._unsupported(operation)
-
-    def _unsupported(self, operation: str) -> errors.Unsupported:
-        return errors.Unsupported(
-            backend=self.name, operation=operation, reason=f"kind {self.kind}"
-        )
 
     def _where(self, name: str) -> dict[str, str]:
         return {

@@ -27,19 +27,25 @@ class Catalog(Generic[T]):
         self._known: dict[str, record.Stored[T]] = {}
         self._lock = threading.Lock()
 
-    def all(self) -> Iterator[record.Stored[T]]:
-        """Yield all records by name; one that cannot be read is logged, and stays."""
+    def all(self, *, strict: bool = False) -> Iterator[record.Stored[T]]:
+        """Yield all records by name; one that cannot be read is logged, and stays.
+
+        Arguments:
+            strict: raise RecordError instead, for who must not miss one.
+        """
         newest = self._store.newest()
         with self._lock:
             self._known = {n: s for n, s in self._known.items() if n in newest}
         for name, generation in newest.items():
-            stored = self._stored(name, generation)
+            stored = self._stored(name, generation, strict)
             if stored is not None:
                 yield stored
 
     # Private
 
-    def _stored(self, name: str, generation: int) -> record.Stored[T] | None:
+    def _stored(
+        self, name: str, generation: int, strict: bool
+    ) -> record.Stored[T] | None:
         with self._lock:
             known = self._known.get(name)
         if known is not None and known.generation == generation:
@@ -47,6 +53,8 @@ class Catalog(Generic[T]):
         try:
             found = self._store.load(name, generation) or self._store.find(name)
         except errors.RecordError as e:
+            if strict:
+                raise
             LOG.error("passed over: %s", e)
             return None
         if found is not None:

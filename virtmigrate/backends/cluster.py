@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SNAPSHOT = "virtmigrate-"
 """What the names of our snapshots begin with."""
 
+CLONES = f"{SNAPSHOT}clones"
+"""The snapshot of an image that its clones are made of."""
+
 
 class Cluster:
     """One pool of a cluster, as one user. Safe to share between threads.
@@ -99,6 +102,8 @@ class Cluster:
             raise errors.VolumeNotFound(**where, volume=volume) from e
         except (rbd.ImageExists, rados.ObjectExists) as e:
             raise errors.VolumeExists(**where, volume=volume) from e
+        except rbd.ImageBusy as e:
+            raise errors.VolumeInUse(**where, volume=volume, users="somebody") from e
         except rados.TimedOut as e:
             raise self._down(doing) from e
         except (rados.Error, rbd.Error) as e:

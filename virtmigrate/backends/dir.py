@@ -10,12 +10,13 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, storagepool
+from virtmigrate import domainxml, errors, model, storagepool, stream
 from virtmigrate.backends import base, reflink, terms
 from virtmigrate.formats import DiskFormat
 
@@ -36,8 +37,12 @@ class DirBackend(base.Backend):
         streams=True,
         thick=False,
         files=True,
-        clones=terms.Clones.REFLINK,
     )
+    cloning: Mapping[str, terms.Clones] = {
+        "auto": terms.Clones.OVERLAY,
+        "overlay": terms.Clones.OVERLAY,
+        "copy": terms.Clones.REFLINK,
+    }
 
     @property
     def preallocates(self) -> bool:
@@ -174,7 +179,28 @@ class DirBackend(base.Backend):
                 host=self.host.name, pool=self.incoming.name, reason=e.strerror
             ) from e
 
-    def _clone(self, source: model.Volume, volume: model.Volume) -> bool:
+    def _clones(self) -> terms.Clones:
+        # A layer takes room as it is written, whatever its pool does.
+        if self.preallocates and self.settings.options.get("clones") == "auto":
+            return terms.Clones.COPY
+        return super()._clones()
+
+    def _clone_record(self, image: model.Volume, volume: model.Volume) -> model.Volume:
+        if self.capabilities.clones is not terms.Clones.OVERLAY:
+            return super()._clone_record(image, volume)
+        return msgspec.structs.replace(
+            volume, format=DiskFormat.QCOW2, backing=image.name, parent=None
+        )
+
+    def _create_clone(
+        self, image: model.Volume, volume: model.Volume, mover: stream.Mover
+    ) -> None:
+        if volume.backing:
+            self._create_overlay(volume, image)
+        else:
+            super()._create_clone(image, volume, mover)
+
+    def _share_blocks(self, source: model.Volume, volume: model.Volume) -> bool:
         pool = self.pool(source.pool)
         if self.preallocates:
             # Blocks that are shared need room when they are written to.

@@ -133,13 +133,32 @@ class GroupPool(storagepool.Pool):
         try:
             self._command("lvrename", self.group, before, name)
         except errors.StorageError as e:
-            self.refresh()
-            if name in self.names():
-                raise errors.VolumeExists(
-                    host=self.host.name, pool=self.name, volume=name
-                ) from e
+            self._demand_free(name, e)
             raise
         self.refresh()
+
+    def create_snapshot(self, origin: str, name: str) -> None:
+        """Make a writable snapshot of a volume, with room for all that can change.
+
+        Raises VolumeExists; on failure there is no volume of the name.
+        """
+        try:
+            # LVM cuts what is more than a snapshot of this origin can ever use.
+            self._command(
+                *("lvcreate", "--yes", "--snapshot", "--extents", "200%ORIGIN"),
+                *("--setactivationskip", "n", "--name", name, self._at(origin)),
+            )
+        except errors.StorageError as e:
+            self._demand_free(name, e)
+            raise
+        self.refresh()
+
+    def snapshots(self, name: str) -> set[str]:
+        """Return the snapshots of a volume, as far as this process may ask."""
+        if not self.is_managed():
+            return set()
+        words = ["--noheadings", "-o", "lv_name", "--select", f"origin={name}"]
+        return set(self._command("lvs", *words, self.group).split())
 
     def resize(self, name: str, size: int) -> None:
         """Cut a volume, or add zeros to it; can be called again after a kill.
@@ -160,6 +179,14 @@ class GroupPool(storagepool.Pool):
             self.refresh()
 
     # Private
+
+    def _demand_free(self, name: str, error: errors.Error) -> None:
+        """Raise VolumeExists from a command's failure, if the name is taken."""
+        self.refresh()
+        if name in self.names():
+            raise errors.VolumeExists(
+                host=self.host.name, pool=self.name, volume=name
+            ) from error
 
     def _finish_growing(self, name: str) -> None:
         """Zero the tail that a volume grew by, if that is not done."""

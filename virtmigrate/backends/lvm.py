@@ -8,11 +8,12 @@ once and shows what was there before, so it is zeroed before anybody uses it.
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from virtmigrate import domainxml, errors, model, poolxml, storagepool
+from virtmigrate import domainxml, errors, model, poolxml, storagepool, stream
 from virtmigrate.backends import base, clearing, group, keeping, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
@@ -32,6 +33,11 @@ class LvmBackend(base.Backend):
         thick=True,
         files=False,
     )
+    cloning: Mapping[str, terms.Clones] = {
+        "auto": terms.Clones.COPY,
+        "copy": terms.Clones.COPY,
+        "snapshot": terms.Clones.SNAPSHOT,
+    }
 
     def __init__(self, host: Host, settings: terms.Settings) -> None:
         self.group: str = settings.options["lvm_group"]
@@ -131,9 +137,17 @@ class LvmBackend(base.Backend):
                 )
         return found
 
+    # Clones
+
+    def users(self, name: str) -> set[str]:
+        found = super().users(name)
+        # LVM removes a volume's snapshots with it, and asks nobody.
+        return found | self._volumes.snapshots(name)
+
     # Removing
 
     def remove(self, name: str) -> None:
+        self._demand_unused(name)
         stored = None
         with contextlib.suppress(errors.RecordBroken):
             stored = self.volumes.find(name)
@@ -162,6 +176,9 @@ class LvmBackend(base.Backend):
     def set_aside(
         self, retired: model.Volume, aside: str, name: str, size: int
     ) -> terms.Reuse:
+        # A snapshot of LVM cannot change its size, and what arrives has no record that
+        # says on what it stands.
+        self._demand(retired.parent is None, f"rename {retired.name}, a clone")
         self._demand_managed(f"rename {retired.name}")
         # Who was killed may not have told libvirt.
         self.disks.refresh()
@@ -186,6 +203,21 @@ class LvmBackend(base.Backend):
 
     # Private
 
+    def _clone_record(self, image: model.Volume, volume: model.Volume) -> model.Volume:
+        found = super()._clone_record(image, volume)
+        snapshots = self.capabilities.clones is terms.Clones.SNAPSHOT
+        if not snapshots or image.size < volume.size or not self._volumes.is_managed():
+            return found
+        return msgspec.structs.replace(found, parent=image.name)
+
+    def _create_clone(
+        self, image: model.Volume, volume: model.Volume, mover: stream.Mover
+    ) -> None:
+        if volume.parent:
+            self._volumes.create_snapshot(image.name, volume.name)
+        else:
+            super()._create_clone(image, volume, mover)
+
     def _reclaim(self, volume: model.Volume) -> int:
         freed = super()._reclaim(volume)
         # The room is free when the volume is gone.
@@ -197,6 +229,7 @@ class LvmBackend(base.Backend):
         stored = self.volumes.find(name)
         if stored is None or stored.body.state is not VolumeState.DOOMED:
             return
+        self._demand_unused(name)
         with contextlib.suppress(errors.VolumeNotFound):
             if self._volumes.is_open(name):
                 raise errors.StorageError(

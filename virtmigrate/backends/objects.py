@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from virtmigrate import errors, storagepool
-from virtmigrate.backends.cluster import SNAPSHOT, Cluster
+from virtmigrate import errors, rollback, storagepool
+from virtmigrate.backends.cluster import CLONES, SNAPSHOT, Cluster
 from virtmigrate.host import Host, Session
 from virtmigrate.storagepool import Room
 
@@ -84,23 +84,67 @@ class ImagePool(_ClusterPool):
             manager.create(context, name, size, old_format=False)
 
     def delete(self, name: str) -> None:
-        """Delete an image, and our snapshots of it; nothing happens without it."""
+        """Delete an image, and our snapshots of it; nothing happens without it.
+
+        Raises VolumeInUse while images share its blocks; nothing is touched then.
+        """
         with contextlib.suppress(errors.VolumeNotFound):
             doing = f"deleting {name}"
             with self.cluster.image(name, doing, read_only=False) as image:
-                for each in list(image.list_snaps()):
-                    if each["name"].startswith(SNAPSHOT):
-                        image.remove_snap(each["name"])
+                self._demand_childless(name, image)
+                for snapshot in _snapshots(image):
+                    if image.is_protected_snap(snapshot):
+                        image.unprotect_snap(snapshot)
+                    image.remove_snap(snapshot)
             with self.cluster.working(doing, name) as (manager, context):
                 manager.remove(context, name)
+
+    def create_clone(self, base: str, name: str, size: int) -> None:
+        """Create an image of size bytes that shares its blocks with another one.
+
+        The base must not change any more: there is one snapshot of it, which all
+        clones are made of. It goes with the base. Raises VolumeExists, VolumeNotFound;
+        on failure there is no image of the name.
+        """
+        self._have_snapshot(base)
+        doing = f"cloning {base}"
+        with self.cluster.working(doing, name) as (manager, context):
+            manager.clone(context, base, CLONES, context, name)
+        with rollback.Rollback() as undo:
+            undo.add(f"delete {name}", lambda: self.delete(name))
+            with self.cluster.image(name, doing, read_only=False) as image:
+                image.resize(size)
+            undo.commit()
+
+    def children(self, name: str) -> set[str]:
+        """Return the images that share an image's blocks; none without it."""
+        with (
+            contextlib.suppress(errors.VolumeNotFound),
+            self.cluster.image(name, f"looking for clones of {name}") as image,
+        ):
+            return _children(image)
+        return set()
+
+    def snapshots(self, name: str) -> list[str]:
+        """Return our snapshots of an image."""
+        with self.cluster.image(name, f"looking at {name}") as image:
+            return _snapshots(image)
+
+    def flatten(self, name: str) -> None:
+        """Copy all that an image shares with others; nothing happens twice."""
+        with self.cluster.image(name, f"flattening {name}", read_only=False) as image:
+            if image.overlap():
+                image.flatten()
 
     def physical(self, name: str) -> int:
         with self.cluster.image(name, f"measuring {name}") as image:
             return int(image.size())
 
     def allocated(self, name: str) -> int:
+        """Return the bytes that an image takes itself, beside those that it shares."""
         with self.cluster.image(name, f"measuring {name}") as image:
-            return sum(end - start for start, end in extents(image))
+            own = extents(image, with_parents=False)
+            return sum(end - start for start, end in own)
 
     def written(self, name: str) -> float:
         with (
@@ -121,6 +165,31 @@ class ImagePool(_ClusterPool):
         with self.cluster.image(name, f"writing {name}", read_only=False) as image:
             image.write(data, offset)
             image.flush()
+
+    # Private
+
+    def _have_snapshot(self, name: str) -> None:
+        """Have the snapshot that clones are made of; others may do so, too."""
+        doing = f"making a snapshot of {name}"
+        with (
+            contextlib.suppress(errors.VolumeExists),
+            self.cluster.image(name, doing, read_only=False) as image,
+        ):
+            image.create_snap(CLONES)
+        with (
+            contextlib.suppress(errors.VolumeInUse),
+            self.cluster.image(name, doing, read_only=False) as image,
+        ):
+            # Clones of the first version, which older clusters make, need it.
+            if not image.is_protected_snap(CLONES):
+                image.protect_snap(CLONES)
+
+    def _demand_childless(self, name: str, image: "rbd.Image") -> None:
+        users = ", ".join(sorted(_children(image)))
+        if users:
+            raise errors.VolumeInUse(
+                host=self.host.name, pool=self.name, volume=name, users=users
+            )
 
 
 class RecordPool(_ClusterPool):
@@ -198,7 +267,7 @@ class RecordPool(_ClusterPool):
             return self.cluster.value(NAMESPACE, INDEX, name)
 
 
-def extents(image: "rbd.Image") -> list[tuple[int, int]]:
+def extents(image: "rbd.Image", *, with_parents: bool = True) -> list[tuple[int, int]]:
     """Return where an image has data, from its parents too: (start, end), in order."""
     found: list[tuple[int, int]] = []
 
@@ -210,8 +279,19 @@ def extents(image: "rbd.Image") -> list[tuple[int, int]]:
         else:
             found.append((offset, offset + length))
 
-    image.diff_iterate(0, image.size(), None, note, whole_object=True)
+    image.diff_iterate(
+        0, image.size(), None, note, include_parent=with_parents, whole_object=True
+    )
     return found
+
+
+def _children(image: "rbd.Image") -> set[str]:
+    return {str(each["image"]) for each in image.list_children2()}
+
+
+def _snapshots(image: "rbd.Image") -> list[str]:
+    names = [str(each["name"]) for each in image.list_snaps()]
+    return [name for name in names if name.startswith(SNAPSHOT)]
 
 
 def _is_record(name: str) -> bool:

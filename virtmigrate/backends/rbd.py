@@ -7,10 +7,12 @@ object in a namespace of the pool.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from virtmigrate import domainxml, errors, model, reading, storagepool, xml
+import msgspec
+
+from virtmigrate import domainxml, errors, model, reading, storagepool, stream, xml
 from virtmigrate.backends import base, cluster, images, objects, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
@@ -29,6 +31,10 @@ class RbdBackend(base.Backend):
         thick=False,
         files=False,
     )
+    cloning: Mapping[str, terms.Clones] = {
+        "auto": terms.Clones.SHARED,
+        "copy": terms.Clones.COPY,
+    }
 
     def __init__(self, host: Host, settings: terms.Settings) -> None:
         options = settings.options
@@ -42,8 +48,11 @@ class RbdBackend(base.Backend):
         self._secret: str | None = options["rbd_secret_uuid"]
         self._user: str = options["rbd_user"]
         super().__init__(host, settings)
+        self._images = objects.ImagePool(
+            host, self.disks.name, self.cluster, settings.busy_timeout
+        )
         # Uploads do not reach images, so that what arrives may lie among the disks.
-        self.incoming = self.disks
+        self.disks = self.incoming = self._images
 
     def pool(self, name: str) -> storagepool.Pool:
         kind = objects.RecordPool if name.endswith("-records") else objects.ImagePool
@@ -115,6 +124,24 @@ class RbdBackend(base.Backend):
             if image.size() < size:
                 image.resize(size)
 
+    # Clones
+
+    def users(self, name: str) -> set[str]:
+        return super().users(name) | self._images.children(name)
+
+    def flatten(self, name: str) -> model.Volume:
+        found = self.volumes.read(name).body
+        if found.parent is None:
+            return super().flatten(name)
+        if self._images.snapshots(name):
+            raise errors.Unsupported(
+                backend=self.name,
+                operation=f"flatten {name}",
+                reason="a move keeps its state, which stands on the same image",
+            )
+        self._images.flatten(name)
+        return self.update(msgspec.structs.replace(found, parent=None))
+
     # States
 
     def keep_state(self, name: str, operation: str) -> None:
@@ -145,6 +172,8 @@ class RbdBackend(base.Backend):
     def set_aside(
         self, retired: model.Volume, aside: str, name: str, size: int
     ) -> terms.Reuse:
+        # What arrives has no record that says on what it stands.
+        self._demand(retired.parent is None, f"rename {retired.name}, a clone")
         present = set(self.disks.names())
         found = terms.Reuse.MOVED
         if retired.name in present:
@@ -161,6 +190,20 @@ class RbdBackend(base.Backend):
         self._rename(aside, name)
 
     # Private
+
+    def _clone_record(self, image: model.Volume, volume: model.Volume) -> model.Volume:
+        found = super()._clone_record(image, volume)
+        if self.capabilities.clones is terms.Clones.COPY:
+            return found
+        return msgspec.structs.replace(found, parent=image.name)
+
+    def _create_clone(
+        self, image: model.Volume, volume: model.Volume, mover: stream.Mover
+    ) -> None:
+        if volume.parent:
+            self._images.create_clone(image.name, volume.name, volume.size)
+        else:
+            super()._create_clone(image, volume, mover)
 
     def _rename(self, before: str, name: str) -> None:
         with self.cluster.working(f"renaming {before}", name) as (manager, context):

@@ -11,12 +11,19 @@ from virtmigrate.formats import DiskFormat
 
 
 class Clones(enum.Enum):
-    """How a volume becomes the copy of another one of its backend."""
+    """How a disk is made of an image of its backend."""
 
     COPY = "copy"
     """All data is read and written once more; holes stay holes."""
     REFLINK = "reflink"
     """The two share their blocks where the file system can; else as COPY."""
+    OVERLAY = "overlay"
+    """A qcow2 layer over the image, which stays below it."""
+    SHARED = "shared"
+    """The storage shares blocks until they are written to; the image has to stay."""
+    SNAPSHOT = "snapshot"
+    """As SHARED, and it can never change its size. One that is to be longer than the
+    image is made as COPY."""
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,31 @@ backend_opts = [
     ),
 ]
 
-# Each is read by one kind only.
+# Each is read by some kinds only.
 kind_opts = [
+    cfg.StrOpt(
+        "clones",
+        default="auto",
+        choices=[
+            (
+                "auto",
+                "what is cheapest: overlay for dir and shared_dir, but copy with "
+                "preallocation = falloc; the cluster's own clones for rbd; copy for "
+                "lvm",
+            ),
+            ("copy", "all kinds: its data is copied, or shared by the file system"),
+            ("overlay", "dir, shared_dir: a qcow2 layer over the image"),
+            (
+                "snapshot",
+                "lvm: a writable snapshot of the image, made at once, as long as the "
+                "image and for good, with room for all that can change; it writes "
+                "slower. Disks that are to be longer are copied, and so are all where "
+                "virtmigrate is not root on the group's own host",
+            ),
+        ],
+        help="How a disk is made of an image of the same backend. Those that are made "
+        "stay as they are when this changes.",
+    ),
     cfg.StrOpt(
         "preallocation",
         default="none",
