@@ -27,6 +27,7 @@ from virtmigrate import (
 from virtmigrate import conf as options
 from virtmigrate import peer as peers
 from virtmigrate.backends import base
+from virtmigrate.backends.terms import Reach
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.host import Host
 
@@ -213,6 +214,9 @@ def _operations(driver: VirtMigrateDriver) -> Findings:
 
 # Backends
 
+_LOCK_TIMEOUT = 10.0
+"""Seconds to wait for another that looks at the same moment."""
+
 
 def _looker(backend: base.Backend) -> Callable[[], Findings]:
     return lambda: _backend(backend)
@@ -222,6 +226,7 @@ def _backend(backend: base.Backend) -> Findings:
     what = f"backend {backend.name}"
     room = units.format_bytes(backend.room())
     yield Finding(what, State.WORKS, f"{backend.disks.path}, {room} free")
+    yield from _guarded(f"{what}: locks", lambda: _locks(backend))
     if not backend.disks.is_local():
         yield Finding(
             f"{what}: rights",
@@ -233,6 +238,23 @@ def _backend(backend: base.Backend) -> Findings:
         return
     yield _reading(backend)
     yield _moving(backend)
+
+
+def _locks(backend: base.Backend) -> Findings:
+    what, can = f"backend {backend.name}: locks", backend.capabilities
+    if can.locks is Reach.STORAGE:
+        with backend.locks.held(["check"], timeout=_LOCK_TIMEOUT) as lease:
+            lease.demand()
+        yield Finding(what, State.WORKS, "hosts lock against each other")
+    elif can.shared:
+        yield Finding(
+            what,
+            State.WARNING,
+            "this host's processes lock against each other, other hosts do not: what "
+            "they publish at once goes well for one of them, and the others' work was "
+            "for nothing",
+            "set lock_url, or lock_files where the file system is fit for it",
+        )
 
 
 def _reading(backend: base.Backend) -> Finding:

@@ -19,6 +19,8 @@
     │   ├── NoBackend, StorageDown, LayoutRefused
     │   ├── PoolNotFound, PoolBusy
     │   ├── VolumeNotFound, VolumeExists, VolumeInUse
+    │   ├── LockError
+    │   │   └── LockBusy, LockLost
     │   ├── NoSpace
     │   │   └── DiskFull
     │   └── RecordError
@@ -198,6 +200,25 @@ class VolumeInUse(StorageError):
     msg = (
         "host {host}: volume {volume} in pool {pool} is needed by {users}; it was "
         "left as it is"
+    )
+
+
+class LockError(StorageError):
+    msg = "host {host}, backend {backend}: lock {name} cannot be had: {reason}"
+
+
+class LockBusy(LockError):
+    msg = (
+        "host {host}, backend {backend}: another operation has the lock {name}, and "
+        "did not end within {seconds:g} s. Nothing was done; try again"
+    )
+
+
+class LockLost(LockError):
+    msg = (
+        "host {host}, backend {backend}: the lock {name} was lost, because it could "
+        "not be renewed in time. Another operation may have it; what was not "
+        "published under it is given up"
     )
 
 

@@ -130,6 +130,9 @@ AFAR = frozenset({"lvm"})
 GRACE = {"lvm": 12}
 """Seconds of record_grace, where writing a record takes longer than in memory."""
 
+LEASE = 2
+"""Seconds of lock_lease."""
+
 Where = sandbox.Host | sandbox.Machine
 
 
@@ -176,6 +179,7 @@ def backend(
         path.write_text(
             f"[virtmigrate]\nenabled_backends = {name}\n"
             f"record_grace = {GRACE.get(kind, 1)}\n"
+            f"state_path = {tmp / 'state'}\nlock_lease = {LEASE}\n"
             f"[{name}]\nreserved_mib = 1\n" + "\n".join(lines) + "\n"
         )
         found = backends.load(conf.load(path), opened)[name]

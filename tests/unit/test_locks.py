@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from virtmigrate import errors, locks
+from virtmigrate.backends import coordination
 
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
@@ -195,3 +196,155 @@ def test_only_one(tmp_path: Path) -> None:
             assert is_free
     with other.only("receiver") as is_theirs:
         assert is_theirs
+
+
+class Storage:
+    """Leased locks in memory: what a real one does when it fails is said to it."""
+
+    def __init__(self, lease: float | None = 0.4) -> None:
+        self.lease = lease
+        self.calls: list[tuple[str, str]] = []
+        self.taken: set[str] = set()
+        self.failing: errors.Error | None = None
+
+    def take(self, name: str) -> locks.Grip | None:
+        self.calls.append(("take", name))
+        if name in self.taken:
+            return None
+        return Kept(self, name)
+
+    def call(self, what: str, name: str) -> None:
+        self.calls.append((what, name))
+        if self.failing is not None:
+            raise self.failing
+
+
+class Kept:
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self._name = name
+
+    def renew(self) -> None:
+        self._storage.call("renew", self._name)
+
+    def release(self) -> None:
+        self._storage.call("release", self._name)
+
+
+DOWN = errors.StorageDown(host="alpha", pool="p", seconds=1, reason="away")
+LOST = errors.LockLost(host="alpha", backend="b", name="a")
+
+
+def told(storage: locks.Mechanism) -> locks.Locks:
+    return locks.Locks(storage, "alpha", "b")
+
+
+def until_lost(lease: locks.Lease) -> None:
+    with pytest.raises(errors.LockLost, match="host alpha, backend b: the lock a"):
+        for _ in range(int(LONG * 100)):
+            lease.demand()
+            time.sleep(0.01)
+
+
+def test_taken_in_order_and_released_in_reverse() -> None:
+    storage = Storage(lease=None)
+    with told(storage).held(["c", "a", "b", "a"], timeout=0):
+        pass
+    assert [name for what, name in storage.calls if what == "take"] == ["a", "b", "c"]
+    assert [n for what, n in storage.calls if what == "release"] == ["c", "b", "a"]
+
+
+def test_renewed_while_held() -> None:
+    storage = Storage()
+    with told(storage).held(["a"], timeout=0) as lease:
+        for _ in range(int(LONG * 100)):
+            if storage.calls.count(("renew", "a")) > 2:
+                break
+            time.sleep(0.01)
+        lease.demand()
+
+
+def test_lost_when_it_cannot_be_renewed_and_released_all_the_same() -> None:
+    storage = Storage()
+    with told(storage).held(["a"], timeout=0) as lease:
+        storage.failing = DOWN
+        until_lost(lease)
+        storage.failing = None
+        until_lost(lease)
+        storage.failing = DOWN
+
+
+def test_lost_at_once_when_the_storage_says_so() -> None:
+    storage = Storage(lease=2)
+    storage.failing = LOST
+    with told(storage).held(["a"], timeout=0) as lease:
+        began = time.monotonic()
+        until_lost(lease)
+        asked = storage.calls.count(("renew", "a"))
+        assert asked == 1 or time.monotonic() - began > 2
+
+
+def test_lost_while_waiting_for_another() -> None:
+    storage = Storage()
+    storage.taken.add("b")
+    storage.failing = DOWN
+    with (
+        pytest.raises(errors.LockLost),
+        told(storage).held(["a", "b"], timeout=LONG),
+    ):
+        pass
+    assert storage.calls[-1] == ("release", "a")
+
+
+def test_an_answer_after_the_lease_is_no_lock() -> None:
+    class Slow(Storage):
+        def take(self, name: str) -> locks.Grip | None:
+            time.sleep(0.5)
+            return super().take(name)
+
+    with told(Slow()).held(["a"], timeout=0) as lease:
+        until_lost(lease)
+
+
+def test_an_error_inside_is_seen_and_not_that_of_the_release() -> None:
+    storage = Storage()
+    with (
+        pytest.raises(ValueError, match="mine"),
+        told(storage).held(["a"], timeout=0),
+    ):
+        storage.failing = DOWN
+        raise ValueError("mine")
+
+
+def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    mine = told(locks.FileLocks(tmp_path / "file"))
+    with (
+        pytest.raises(errors.LockError, match="lock a cannot be had"),
+        mine.held(["a"], timeout=0),
+    ):
+        pass
+
+
+def test_two_objects_of_one_directory_exclude_each_other(tmp_path: Path) -> None:
+    first, second = (told(locks.FileLocks(tmp_path)) for _ in range(2))
+    with first.held(["a"], timeout=0):
+        for _ in range(2):
+            with pytest.raises(errors.LockBusy), second.held(["a"], timeout=0):
+                pass
+
+
+def test_no_tooz(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tooz.coordination", None)
+    with pytest.raises(errors.ConfigurationError, match=r"virtmigrate\[etcd\]"):
+        coordination.CoordinatedLocks("etcd3+http://h", 1, "s", ("alpha", "b"))
+
+
+def test_a_coordinator_that_is_away() -> None:
+    url = "etcd3+http://127.0.0.1:9"
+    mine = told(coordination.CoordinatedLocks(url, 1, "s", ("alpha", "b")))
+    with (
+        pytest.raises(errors.LockError, match="lock_url"),
+        mine.held(["a"], timeout=0),
+    ):
+        pass

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backends of a host: which kinds there are, and those that it has."""
 
+from pathlib import Path
+
 from oslo_config import cfg
 
 from virtmigrate import conf as options
@@ -36,7 +38,7 @@ def _load(conf: cfg.ConfigOpts, host: Host, name: str) -> base.Backend:
 
 
 def _settings(conf: cfg.ConfigOpts, name: str) -> terms.Settings:
-    group = conf[name]
+    group, host = conf[name], conf[options.GROUP]
     return terms.Settings(
         name=name,
         path=group.path,
@@ -47,8 +49,10 @@ def _settings(conf: cfg.ConfigOpts, name: str) -> terms.Settings:
             label=group.volume_label,
         ),
         reserved=group.reserved_mib * MiB,
-        busy_timeout=conf[options.GROUP].busy_timeout,
-        record_grace=conf[options.GROUP].record_grace,
+        busy_timeout=host.busy_timeout,
+        record_grace=host.record_grace,
         traits=tuple(group.traits),
         options={opt.dest: group[opt.dest] for opt in options.kind_opts},
+        lock_path=Path(host.state_path) / "locks" / f"backend-{name}",
+        lock_lease=float(host.lock_lease),
     )

@@ -7,6 +7,7 @@ kinds are data, asked before acting: `capabilities`.
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable
 
 from oslo_log import log as logging
@@ -20,6 +21,7 @@ from virtmigrate import (
 from virtmigrate.backends import keeping, layout, making
 from virtmigrate.backends.terms import Reuse, Settings
 from virtmigrate.host import Host
+from virtmigrate.locks import FileLocks, Locks, Mechanism
 
 LOG = logging.getLogger(__name__)
 
@@ -41,6 +43,11 @@ class Backend(making.Making):
 
     def close(self) -> None:
         """Close connections of its own."""
+
+    @functools.cached_property
+    def locks(self) -> Locks:
+        """Locks by name, which reach as far as `capabilities.locks` says."""
+        return Locks(self._lock_mechanism(), self.host.name, self.name)
 
     # What a kind must say
 
@@ -225,6 +232,10 @@ class Backend(making.Making):
         return freed
 
     # Private
+
+    def _lock_mechanism(self) -> Mechanism:
+        # Not beside the volumes: not every process of this host may write there.
+        return FileLocks(self.settings.lock_path)
 
     def _demand_unused(self, name: str) -> None:
         """Raise VolumeInUse for an image that volumes of others stand on."""

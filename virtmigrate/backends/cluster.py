@@ -8,15 +8,20 @@ for how a virtual environment finds them.
 import contextlib
 import errno
 import importlib
+import struct
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from oslo_log import log as logging
 
 from virtmigrate import errors
 
 if TYPE_CHECKING:
     import rados
     import rbd
+
+LOG = logging.getLogger(__name__)
 
 SNAPSHOT = "virtmigrate-"
 """What the names of our snapshots begin with."""
@@ -177,6 +182,42 @@ class Cluster:
             context.remove_omap_keys(op, (key,))
             context.operate_write_op(op, name)
 
+    def lock(self, namespace: str, name: str, cookie: str, lease: float) -> bool:
+        """Take the lock of an object, which it makes; False while another has it.
+
+        It is free when the lease is over. Inside translated().
+        """
+        rados, context = _rados(), self.context(namespace)
+        try:
+            context.lock_exclusive(name, _LOCK, cookie, duration=int(lease))
+        except rados.ObjectBusy:
+            return False
+        return True
+
+    def renew_lock(self, namespace: str, name: str, cookie: str, lease: float) -> None:
+        """Have a lock for another lease; ObjectNotFound if it is not ours any more.
+
+        Inside translated().
+        """
+        context = self.context(namespace)
+        context.lock_exclusive(
+            name, _LOCK, cookie, duration=int(lease), flags=_MUST_RENEW
+        )
+
+    def unlock(self, namespace: str, name: str, cookie: str) -> None:
+        """Remove an object with the lock of it, in one step, if that is ours.
+
+        Inside translated().
+        """
+        rados, context = _rados(), self.context(namespace)
+        with rados.WriteOpCtx() as op:
+            op.execute("lock", "assert_locked", _locked_by(cookie))
+            op.remove()
+            try:
+                context.operate_write_op(op, name)
+            except (rados.ObjectBusy, rados.ObjectNotFound):
+                LOG.info("lock=%s was not ours any more", name)
+
     def fsid(self) -> str:
         """Return the id of the cluster."""
         with self.translated("asking for its id"):
@@ -245,10 +286,26 @@ def monitors(text: str) -> tuple[str, ...]:
 
 # Private
 
+_LOCK = "virtmigrate"
+"""The name of the lock of an object."""
+
+_EXCLUSIVE = 1
+_MUST_RENEW = 2
+"""As Ceph's class `lock` has them."""
+
 _KEYS = 1000
 """Keys that are asked for at once."""
 
 _AWAY = (errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTUNREACH)
+
+
+def _locked_by(cookie: str) -> bytes:
+    """Return what Ceph's class `lock` is asked: version, length, name, type, cookie
+    and tag."""
+    name, mark = _LOCK.encode(), cookie.encode()
+    body = struct.pack("<I", len(name)) + name + bytes([_EXCLUSIVE])
+    body += struct.pack("<I", len(mark)) + mark + struct.pack("<I", 0)
+    return struct.pack("<BBI", 1, 1, len(body)) + body
 
 
 def _entries(text: str) -> list[str]:

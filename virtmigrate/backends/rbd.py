@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from virtmigrate import domainxml, errors, model, reading, storagepool, stream, xml
-from virtmigrate.backends import base, cluster, images, objects, terms
+from virtmigrate.backends import base, cluster, images, leases, objects, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
@@ -30,6 +30,7 @@ class RbdBackend(base.Backend):
         streams=False,
         thick=False,
         files=False,
+        locks=terms.Reach.STORAGE,
     )
     cloning: Mapping[str, terms.Clones] = {
         "auto": terms.Clones.SHARED,
@@ -204,6 +205,9 @@ class RbdBackend(base.Backend):
             self._images.create_clone(image.name, volume.name, volume.size)
         else:
             super()._create_clone(image, volume, mover)
+
+    def _lock_mechanism(self) -> leases.ObjectLocks:
+        return leases.ObjectLocks(self.cluster, self.settings.lock_lease, self.name)
 
     def _rename(self, before: str, name: str) -> None:
         with self.cluster.working(f"renaming {before}", name) as (manager, context):

@@ -4,6 +4,7 @@
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from virtmigrate import reading, storagepool
@@ -26,6 +27,15 @@ class Clones(enum.Enum):
     image is made as COPY."""
 
 
+class Reach(enum.Enum):
+    """Whom a backend's locks keep apart."""
+
+    HOST = "host"
+    """The processes of this host. Other hosts do not know of them."""
+    STORAGE = "storage"
+    """All hosts that have the storage."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a kind of backend can do."""
@@ -45,6 +55,7 @@ class Capabilities:
     files: bool
     """It can hold NVRAM, memory images and records of instances."""
     clones: Clones = Clones.COPY
+    locks: Reach = Reach.HOST
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,10 @@ class Settings:
     traits: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only its kind has."""
+    lock_path: Path = Path()
+    """Directory for file locks of this host."""
+    lock_lease: float = 30.0
+    """Seconds until a lock that hosts share is free when its holder died."""
 
 
 class Reuse(enum.Enum):

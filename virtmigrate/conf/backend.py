@@ -99,6 +99,24 @@ kind_opts = [
         "what only libvirt can make longer, have holes all the same.",
     ),
     cfg.StrOpt(
+        "lock_url",
+        regex=r"^etcd3\+https?://.+$",
+        help="shared_dir: the etcd where the hosts that share the directory take their "
+        "locks, as tooz writes it: etcd3+http://HOST:2379, or etcd3+https:// with "
+        "?ca_cert=FILE&cert_cert=FILE&cert_key=FILE. The same on all hosts. It needs "
+        "virtmigrate[etcd]. Not set, and no lock_files: hosts do not lock against each "
+        "other. What they publish is safe all the same, and work may be done twice.",
+    ),
+    cfg.BoolOpt(
+        "lock_files",
+        default=False,
+        help="shared_dir: locks are taken on files in PATH/locks. Only where the file "
+        "system holds fcntl locks between hosts: NFS 4, CephFS, GFS2, OCFS2 with its "
+        "userspace stack. Not on NFS with nolock or local_lock, and not on GlusterFS "
+        "or FUSE without that. How long a dead host keeps its locks is the file "
+        "system's affair.",
+    ),
+    cfg.StrOpt(
         "lvm_group",
         default="virtmigrate",
         regex=r"^[A-Za-z0-9+_.][A-Za-z0-9+_.-]*$",

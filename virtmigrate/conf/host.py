@@ -103,6 +103,15 @@ timeout_opts = [
         max=3600,
         help="Seconds to wait for another operation on the same instance.",
     ),
+    cfg.IntOpt(
+        "lock_lease",
+        default=30,
+        min=1,
+        max=3600,
+        help="Seconds until a lock that hosts share is free after its holder died or "
+        "was cut off. Shorter: others wait less. Longer: a storage that stalls loses "
+        "fewer. The same on all hosts.",
+    ),
     cfg.FloatOpt(
         "record_grace",
         default=10.0,
