@@ -7,6 +7,7 @@ record, a journal or a transfer says is this host's; all else is for a human.
 
 import contextlib
 import enum
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node, record
+from virtmigrate import errors, imagecache, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
@@ -123,6 +124,7 @@ class _Look:
         self._here = here
         self._backend = backend
         self._operations = operations
+        self._images = imagecache.ImageCache(here, backend)
         self._pools: dict[str, set[str]] = {}
 
     def findings(self) -> Iterator[Finding]:
@@ -132,6 +134,13 @@ class _Look:
             for pool in {self._backend.incoming.name, self._backend.disks.name}
             for name in self._names(pool)
         }
+        for left in self._images.leftovers():
+            yield self._found(
+                left.name,
+                Kind.HALF_MADE,
+                "an image that nobody fetches or drops any more",
+                functools.partial(self._clear, left),
+            )
         beside = self._backend.volumes.pool.names()
         recorded = set(self._backend.volumes.names())
         for name in sorted(recorded):
@@ -163,6 +172,9 @@ class _Look:
     def _of_record(self, stored: Stored, beside: list[str]) -> Iterator[Finding]:
         volume = stored.body
         if self._operations.is_open(volume.operation) or not self._is_ours(volume):
+            return
+        if volume.image is not None and volume.state is not VolumeState.USABLE:
+            # It is being fetched, or was found above.
             return
         if volume.state is VolumeState.INCOMPLETE:
             yield from self._half_made(stored)
@@ -205,6 +217,11 @@ class _Look:
                 detail = f"operation {volume.operation} of {volume.origin} is over"
                 then = (lambda: self._remove(stored)) if volume.owner else None
                 yield self._found(volume.name, Kind.HALF_MADE, detail, then)
+
+    def _clear(self, stored: Stored) -> str:
+        if self._backend.volumes.find(stored.name) != stored:
+            return ""
+        return "removed" if self._images.clear(stored) else ""
 
     def _remove(self, stored: Stored) -> str:
         volume, backend = stored.body, self._backend

@@ -18,6 +18,7 @@ from virtmigrate import (
 from virtmigrate import (
     errors,
     events,
+    imagecache,
     inventory,
     mapping,
     node,
@@ -81,6 +82,7 @@ class VirtMigrateDriver:
         options.register(self._conf)
         self._node = node.Node(self._conf)
         self._node.ensure()
+        self.images = imagecache.Caches(self._node)
         self._source = source.Source(self._node, self.peer)
         self._target = target.Target(self._node)
         self.settle()
@@ -99,7 +101,7 @@ class VirtMigrateDriver:
         Called at the start and every `settle_interval` seconds: peers come back,
         and debts are paid.
         """
-        left = self.node.sweep()
+        left = [*self.node.sweep(), *self.images.tend()]
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
@@ -160,14 +162,20 @@ class VirtMigrateDriver:
         power_on: bool = True,
         **_: object,
     ) -> None:
-        """Make an instance from the raw image file `image_meta.path`.
+        """Make an instance from an image; on failure nothing of it stays.
 
-        On failure nothing of it stays.
+        From one of the image service (`image_meta.id`), of a web server (`url` and
+        `checksum`) or a file (`path` and `id`), which is cached and cloned; or from
+        the raw file `path`, which is copied.
         """
         wanted = mapping.wanted(
-            instance, image_meta, network_info, owner=self.node.options.owner
+            instance,
+            image_meta,
+            network_info,
+            image=mapping.image(self._conf, context, image_meta),
+            owner=self.node.options.owner,
         )
-        spawning.Spawner(self.node).spawn(wanted, power_on=power_on)
+        spawning.Spawner(self.node, self.images).spawn(wanted, power_on=power_on)
 
     def destroy(
         self,
@@ -274,6 +282,30 @@ class VirtMigrateDriver:
     ) -> None:
         """Start it, from its managed save if there is one."""
         self.power_on(context, instance)
+
+    # Images
+
+    def cache_image(self, context: object, image_id: str, **_: object) -> bool:
+        """Fetch an image of the service before somebody needs it.
+
+        Into all backends of this host; one after the other. False when all had it.
+        """
+        image = mapping.named_image(self._conf, image_id)
+        caches = self.images.up()
+        before = sum(cache.counters.misses for cache in caches)
+        for cache in caches:
+            cache.obtain(image, self._progress())
+        return sum(cache.counters.misses for cache in caches) > before
+
+    def manage_image_cache(
+        self, context: object, all_instances: object = None, **_: object
+    ) -> None:
+        """Drop idle images beyond each backend's limits.
+
+        What is in use is what records say; `all_instances` is not asked.
+        """
+        for problem in self.images.tend():
+            LOG.warning("host=%s %s", self.node.name, problem)
 
     # Moves
 

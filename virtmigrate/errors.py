@@ -38,7 +38,9 @@
     ├── ImageError
     │   ├── ImageRefused
     │   ├── ImageNotConverted
-    │   └── ImageUnavailable
+    │   ├── ImageUnavailable, ImageNotFetched
+    │   ├── ImageNotFound, ImageGone, ImageInUse
+    │   └── DiskTooSmall
     └── MigrationError
         ├── MigrationRefused
         ├── MigrationRolledBack
@@ -354,6 +356,30 @@ class ImageUnavailable(ImageError):
 
 
 # Moving instances
+
+
+class ImageNotFetched(ImageError):
+    """Another one, who fetched it for all that wait, failed; ask again to try anew."""
+
+    msg = "image {image}: {host} could not fetch it: {reason}"
+
+
+class ImageNotFound(ImageError):
+    msg = "host {host}: backend {backend} has no image {image}, or more than one"
+
+
+class ImageGone(ImageError):
+    """It was dropped while something was made of it."""
+
+    msg = "host {host}: image {image} was dropped meanwhile; ask for it again"
+
+
+class ImageInUse(ImageError):
+    msg = "host {host}: image {image} stays, it is used: {reason}"
+
+
+class DiskTooSmall(ImageError):
+    msg = "volume {volume} of {size} bytes is too small: {image} needs {least}"
 
 
 class MigrationError(Error):

@@ -5,26 +5,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from virtmigrate import domainxml, errors, placement
+from oslo_config import cfg
+
+from virtmigrate import domainxml, errors, placement, sources
 from virtmigrate.migration import plan
 from virtmigrate.model import Role
 from virtmigrate.spawning import Wanted
 from virtmigrate.units import GiB, MiB
 
 
-def wanted(instance: Any, image_meta: Any, network_info: Any, *, owner: str) -> Wanted:
-    """Return the new instance that the caller describes.
-
-    Raises Unsupported for an image that is not raw: its header would have to be
-    believed.
-    """
-    fmt = _field(image_meta, "disk_format", "raw")
-    if fmt != "raw":
-        raise errors.Unsupported(
-            backend="local",
-            operation=f"make a disk of a {fmt} image",
-            reason="only raw images can be spawned from",
-        )
+def wanted(
+    instance: Any,
+    image_meta: Any,
+    network_info: Any,
+    *,
+    image: Path | sources.Source,
+    owner: str,
+) -> Wanted:
+    """Return the new instance that the caller describes."""
     flavor, firmware = instance.flavor, _field(image_meta, "loader", None)
     template = _field(image_meta, "nvram_template", None)
     drive = getattr(instance, "config_drive_path", None)
@@ -34,7 +32,7 @@ def wanted(instance: Any, image_meta: Any, network_info: Any, *, owner: str) -> 
         name=instance.name,
         memory=int(flavor.memory_mb) * MiB,
         vcpus=int(flavor.vcpus),
-        image=Path(str(_field(image_meta, "path", ""))),
+        image=image,
         root_size=int(flavor.root_gb) * GiB,
         ephemeral_sizes=(ephemeral,) if ephemeral else (),
         config_drive=Path(drive) if drive else None,
@@ -44,6 +42,52 @@ def wanted(instance: Any, image_meta: Any, network_info: Any, *, owner: str) -> 
         demand=_demand(flavor),
         owner=owner,
     )
+
+
+def image(conf: cfg.ConfigOpts, context: Any, image_meta: Any) -> Path | sources.Source:
+    """Return where an image comes from: see VirtMigrateDriver.spawn.
+
+    Raises Unsupported for a file without an id that is not raw: nobody would look at
+    its header.
+    """
+    fmt = str(_field(image_meta, "disk_format", "raw"))
+    path, uuid = _field(image_meta, "path", None), _field(image_meta, "id", None)
+    if path and not uuid:
+        if fmt != "raw":
+            raise errors.Unsupported(
+                backend="local",
+                operation=f"make a disk of a {fmt} file",
+                reason="without an id it is copied as it is, and has to be raw",
+            )
+        return Path(str(path))
+    least = int(_field(image_meta, "min_disk", 0) or 0) * GiB
+    checksum = _field(image_meta, "checksum", None)
+    proof = _checksum(str(checksum)) if checksum else None
+    if path:
+        return sources.LocalFile(Path(str(path)), fmt, proof, least)
+    url = _field(image_meta, "url", None)
+    if url and proof:
+        return sources.WebFile(
+            str(url), fmt, proof, sources.Terms.configured(conf), least
+        )
+    raise errors.ImageUnavailable(
+        image=uuid or url or "-",
+        reason="it has neither a path nor a url and a checksum",
+    )
+
+
+def named_image(
+    conf: cfg.ConfigOpts, source: str, fmt: str = "raw", checksum: str | None = None
+) -> sources.Source:
+    """Return the image that a person names: a file, an address, a service's id."""
+    meta = {"disk_format": fmt, "checksum": checksum, "id": source}
+    if source.startswith(("http://", "https://")):
+        meta["url"] = source
+    elif "/" in source or Path(source).exists():
+        meta["path"] = str(Path(source).absolute())
+    found = image(conf, None, meta)
+    assert not isinstance(found, Path)
+    return found
 
 
 def request(
@@ -89,6 +133,14 @@ def interfaces(network_info: Any) -> tuple[domainxml.Interface, ...]:
 
 def _demand(flavor: Any) -> placement.Demand:
     return placement.demand(_field(flavor, "extra_specs", None) or {})
+
+
+def _checksum(text: str) -> sources.Checksum:
+    algorithm, _, digest = text.partition(":")
+    try:
+        return sources.Checksum(algorithm, digest)
+    except ValueError as e:
+        raise errors.ImageUnavailable(image=text, reason=e) from e
 
 
 def _interface(vif: Mapping[str, Any]) -> domainxml.Interface:

@@ -106,6 +106,43 @@ class Hold(Struct, frozen=True):
     """Seconds since the epoch; from then on it counts no more."""
 
 
+class Origin(Struct, frozen=True):
+    """Of an image: where it came from, and what was found at the door."""
+
+    key: str
+    """What tells it from all others, and from what its source gave before."""
+    source: str
+    name: str
+    format: str
+    """As declared there, and found; the volume itself is raw."""
+    checksum: str
+    """ALGORITHM:HEX of what came."""
+    min_disk: int
+    rules: int
+    """The version of the rules that it was checked by."""
+    checked: float
+    used: float
+    """Seconds since the epoch; so is `checked`."""
+    pinned: bool = False
+
+
+class Slot(Struct, frozen=True):
+    """The one place of an image in a backend: see slots.py."""
+
+    key: str
+    source: str
+    operation: str
+    host: str
+    """Who fetches it, or fetched it."""
+    done: int = 0
+    total: int = 0
+    """Bytes of what is being done."""
+    volume: str = ""
+    """What it became."""
+    failed: str = ""
+    """Why it became nothing."""
+
+
 class Volume(Struct, frozen=True):
     """The record of one volume."""
 
@@ -138,6 +175,8 @@ class Volume(Struct, frozen=True):
     or a source for a cache."""
     holds: tuple[Hold, ...] = ()
     """Of an image: the transfers that count on it."""
+    image: Origin | None = None
+    """Of an image that the cache fetched."""
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,17 +8,25 @@ from pathlib import Path
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, placement, reading
+from virtmigrate import (
+    domainxml,
+    errors,
+    filling,
+    imagecache,
+    model,
+    node,
+    placement,
+    reading,
+    sources,
+)
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration.plan import NVRAM
 from virtmigrate.model import InstanceState, Role, VolumeState
 from virtmigrate.rollback import Rollback
-from virtmigrate.units import KiB, round_up
+from virtmigrate.units import round_up
 
 LOG = logging.getLogger(__name__)
-
-ALIGNMENT = 4 * KiB
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,9 @@ class Wanted:
     name: str
     memory: int
     vcpus: int
-    image: Path
-    """A raw image; it is never looked into."""
+    image: Path | sources.Source
+    """A raw file, copied as it is and never looked into; or where an image comes
+    from, that is cached and cloned."""
     root_size: int = 0
     """0: the image's size."""
     ephemeral_sizes: tuple[int, ...] = ()
@@ -48,8 +57,9 @@ class Wanted:
 class Spawner:
     """Makes instances on this host. Safe to share between threads."""
 
-    def __init__(self, here: node.Node) -> None:
+    def __init__(self, here: node.Node, caches: imagecache.Caches) -> None:
         self._here = here
+        self._caches = caches
 
     def spawn(self, wanted: Wanted, *, power_on: bool = True) -> None:
         """Make the instance and start it.
@@ -88,7 +98,7 @@ class Spawner:
         # First, so that destroy finds what a killed spawn left.
         undo.add("remove the instance's record", lambda: self._forget(wanted.uuid))
         self._here.publish_instance(record)
-        disks = _Volumes(self._here, wanted, operation, undo).make()
+        disks = _Volumes(self._here, self._caches, wanted, operation, undo).make()
         record = msgspec.structs.replace(record, disks=disks)
         self._here.publish_instance(record)
         undo.add("undefine the domain", lambda: self._undefine(wanted.uuid))
@@ -146,9 +156,15 @@ class _Volumes:
     """The volumes of one new instance."""
 
     def __init__(
-        self, here: node.Node, wanted: Wanted, operation: str, undo: Rollback
+        self,
+        here: node.Node,
+        caches: imagecache.Caches,
+        wanted: Wanted,
+        operation: str,
+        undo: Rollback,
     ) -> None:
         self._here = here
+        self._caches = caches
         self._wanted = wanted
         self._operation = operation
         self._undo = undo
@@ -157,7 +173,7 @@ class _Volumes:
 
     def make(self) -> tuple[model.DiskRef, ...]:
         wanted = self._wanted
-        refs = [self._filled("vda", Role.ROOT, wanted.image, wanted.root_size)]
+        refs = [self._root(wanted.image)]
         for number, size in enumerate(wanted.ephemeral_sizes):
             refs.append(self._empty(f"vd{chr(ord('b') + number)}", size))
         if wanted.config_drive:
@@ -168,10 +184,27 @@ class _Volumes:
 
     # Private
 
+    def _root(self, image: Path | sources.Source) -> model.DiskRef:
+        if isinstance(image, Path):
+            return self._filled("vda", Role.ROOT, image, self._wanted.root_size)
+        backend = self._disks
+        filler = filling.Filler(self._here, backend)
+
+        def wanted(found: model.Volume) -> model.Volume:
+            size = filling.aligned(backend, self._wanted.root_size or found.size)
+            volume = self._volume(backend, "vda", Role.ROOT, size)
+            filler.reserve(volume, self._undo)
+            return volume
+
+        with self._here.mover() as mover:
+            cloned = self._caches.of(backend).clone(image, wanted, mover)
+        return _ref(backend, "vda", filler.settle(cloned))
+
     def _empty(self, target: str, size: int) -> model.DiskRef:
         size = round_up(size, self._disks.granularity())
-        volume = self._allocate(self._disks, target, Role.EPHEMERAL, size)
-        return self._publish(self._disks, target, volume)
+        volume = self._volume(self._disks, target, Role.EPHEMERAL, size)
+        filling.Filler(self._here, self._disks).empty(volume, self._undo)
+        return _ref(self._disks, target, volume)
 
     def _filled(
         self, target: str, role: Role, source: Path, size: int = 0
@@ -185,21 +218,25 @@ class _Volumes:
                 state="not made",
                 reason=f"{source} has {length} bytes, and {target} only {size}",
             )
-        # QEMU refuses a disk whose end is not aligned as direct I/O needs it.
         backend = self._disks if role is Role.ROOT else self._here.files
-        size = round_up(size or length, max(ALIGNMENT, backend.granularity()))
-        volume = self._allocate(backend, target, role, size)
-        self._upload(backend, volume, source, length)
-        return self._publish(backend, target, volume)
+        size = filling.aligned(backend, size or length)
+        volume = self._volume(backend, target, role, size)
+        filling.Filler(self._here, backend).filled(
+            volume, reading.FileSource(source, length), self._undo
+        )
+        return _ref(backend, target, volume)
 
     def _root_size(self) -> int:
-        return self._wanted.root_size or self._wanted.image.stat().st_size
+        wanted = self._wanted
+        if wanted.root_size or not isinstance(wanted.image, Path):
+            return wanted.root_size
+        return wanted.image.stat().st_size
 
-    def _allocate(
+    def _volume(
         self, backend: base.Backend, target: str, role: Role, size: int
     ) -> model.Volume:
         pool, name = backend.incoming, f"{target}.{self._operation}"
-        volume = model.Volume(
+        return model.Volume(
             name=name,
             pool=pool.name,
             path=pool.volume_path(name),
@@ -211,42 +248,12 @@ class _Volumes:
             operation=self._operation,
             origin=self._here.name,
         )
-        self._undo.add(f"remove {name}", lambda: backend.remove(name))
-        # What instances left that moved away goes before a new one is refused.
-        if backend.room() < size:
-            backend.reclaim(lambda _: backend.room() >= size)
-        return backend.allocate(volume)
 
-    def _upload(
-        self, backend: base.Backend, volume: model.Volume, source: Path, length: int
-    ) -> None:
-        target = backend.target(volume.name, volume.size)
-        with self._here.mover() as mover:
-            sent = mover.copy(reading.FileSource(source, length), target)
-            with backend.arrived(volume.name) as arrived:
-                arrived.flush()
-                found = mover.survey(arrived.source)
-        if sent.root() != found.root():
-            raise errors.VerificationFailed(
-                volume=volume.name,
-                host=self._here.name,
-                found=found.root(),
-                expected=sent.root(),
-            )
 
-    def _publish(
-        self, backend: base.Backend, target: str, volume: model.Volume
-    ) -> model.DiskRef:
-        pool, path = backend.accept(volume.name)
-        durable = backend.persist(pool, volume.name)
-        backend.update(
-            msgspec.structs.replace(
-                volume, pool=pool, path=path, state=VolumeState.USABLE, durable=durable
-            )
-        )
-        return model.DiskRef(
-            target=target,
-            volume=volume.name,
-            backend=backend.name,
-            role=volume.role,
-        )
+# Private
+
+
+def _ref(backend: base.Backend, target: str, volume: model.Volume) -> model.DiskRef:
+    return model.DiskRef(
+        target=target, volume=volume.name, backend=backend.name, role=volume.role
+    )

@@ -47,6 +47,7 @@ class Side:
         disks: dict[str, Any],
         name: str,
         grace: int = 2,
+        **options: object,
     ) -> None:
         self.host = host
         self.name = name
@@ -63,7 +64,10 @@ class Side:
             f"call_timeout = 15\nconnect_timeout = 5\nrecord_grace = {grace}\n"
             "settle_interval = 0\nretry_timeout = 0\nresume_age = 0\n"
             "receiver_timeout = 10\n"
-            f"[files]\npath = {self.path}\n[{name}]\n" + "\n".join(lines) + "\n"
+            + "".join(f"{key} = {value}\n" for key, value in options.items())
+            + f"[files]\npath = {self.path}\n[{name}]\n"
+            + "\n".join(lines)
+            + "\n"
         )
         self.moved: list[Progress] = []
         self.driver = self._driver()

@@ -73,6 +73,10 @@ FLOORS = {
     "adopt": 6,
     "upgrade": 6,
     "consistency": 6,
+    "filling": 5,
+    "slots": 5,
+    "fetching": 5,
+    "imagecache": 6,
     "spawning": 7,
     "mapping": 7,
     # Faces.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from virtmigrate import errors, mapping
+from virtmigrate import conf, errors, mapping, sources
 from virtmigrate.domainxml import InterfaceKind
 from virtmigrate.model import Role
 from virtmigrate.units import GiB, MiB
@@ -40,6 +40,7 @@ def test_wanted() -> None:
         instance(flavor=flavor(ephemeral_gb=3), config_drive_path="/srv/cd.iso"),
         {"path": "/srv/image.raw", "disk_format": "raw"},
         [VIF],
+        image=Path("/srv/image.raw"),
         owner="nova",
     )
     assert (found.uuid, found.name, found.owner) == ("u1", "instance-1", "nova")
@@ -55,17 +56,61 @@ def test_wanted_of_an_object_instead_of_a_dict() -> None:
     image = types.SimpleNamespace(
         path="/i", loader="/fw/code.fd", nvram_template="/fw/vars.fd"
     )
-    found = mapping.wanted(instance(), image, None, owner="me")
+    found = mapping.wanted(instance(), image, None, image=Path("/i"), owner="me")
     assert found.loader == "/fw/code.fd"
     assert found.nvram_template == Path("/fw/vars.fd")
     assert not found.interfaces and not found.ephemeral_sizes
     assert found.config_drive is None
 
 
+CONF = conf.load()
+SHA = "sha256:" + "ab" * 32
+
+
+def test_a_file_without_an_id_is_copied() -> None:
+    found = mapping.image(CONF, None, {"path": "/i", "disk_format": "raw"})
+    assert found == Path("/i")
+
+
 @pytest.mark.parametrize("fmt", ["qcow2", "vmdk", "iso", "RAW", ""])
-def test_image_that_is_not_raw(fmt: str) -> None:
-    with pytest.raises(errors.Unsupported, match="only raw"):
-        mapping.wanted(instance(), {"path": "/i", "disk_format": fmt}, [], owner="me")
+def test_a_file_without_an_id_that_is_not_raw(fmt: str) -> None:
+    with pytest.raises(errors.Unsupported, match="has to be raw"):
+        mapping.image(CONF, None, {"path": "/i", "disk_format": fmt})
+
+
+def test_a_file_with_an_id_is_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    path.write_bytes(b"x")
+    meta = {"path": path, "id": "7", "disk_format": "qcow2", "min_disk": 2}
+    found = mapping.image(CONF, None, types.SimpleNamespace(**meta))
+    assert isinstance(found, sources.LocalFile)
+    described = found.described()
+    assert (described.format, described.min_disk) == ("qcow2", 2 * GiB)
+
+
+def test_an_address_needs_a_checksum() -> None:
+    meta = {"url": "https://example.org/i", "id": "7", "checksum": SHA}
+    found = mapping.image(CONF, None, meta)
+    assert isinstance(found, sources.WebFile) and SHA[7:] in found.origin
+    del meta["checksum"]
+    with pytest.raises(errors.ImageUnavailable, match="checksum"):
+        mapping.image(CONF, None, meta)
+
+
+@pytest.mark.parametrize("checksum", ["", "sha256", "sha256:xy", "crc:12"])
+def test_a_checksum_that_is_none(checksum: str) -> None:
+    meta = {"url": "https://example.org/i", "id": "7", "checksum": checksum}
+    with pytest.raises(errors.ImageUnavailable):
+        mapping.image(CONF, None, meta)
+
+
+def test_what_a_person_names(tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    path.write_bytes(b"x")
+    found = mapping.named_image(CONF, str(path), "qcow2")
+    assert isinstance(found, sources.LocalFile) and found.origin == str(path)
+    web = mapping.named_image(CONF, "https://example.org/i", "raw", SHA)
+    assert isinstance(web, sources.WebFile)
 
 
 # Moves

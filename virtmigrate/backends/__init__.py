@@ -9,7 +9,7 @@ from virtmigrate import conf as options
 from virtmigrate import errors, storagepool
 from virtmigrate.backends import base, dir, lvm, rbd, shared_dir, terms
 from virtmigrate.host import Host
-from virtmigrate.units import MiB
+from virtmigrate.units import GiB, MiB
 
 KINDS: dict[str, type[base.Backend]] = {
     "dir": dir.DirBackend,
@@ -52,6 +52,12 @@ def _settings(conf: cfg.ConfigOpts, name: str) -> terms.Settings:
         busy_timeout=host.busy_timeout,
         record_grace=host.record_grace,
         traits=tuple(group.traits),
+        images=terms.ImageLimits(
+            count=group.image_max_count,
+            bytes=group.image_max_gib * GiB,
+            age=group.image_max_age,
+            free=group.image_min_free_mib * MiB,
+        ),
         options={opt.dest: group[opt.dest] for opt in options.kind_opts},
         lock_path=Path(host.state_path) / "locks" / f"backend-{name}",
         lock_lease=float(host.lock_lease),

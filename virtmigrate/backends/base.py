@@ -36,7 +36,7 @@ class Backend(making.Making):
     def __init__(self, host: Host, settings: Settings) -> None:
         super().__init__(host, settings)
         self.layout = layout.Keeper(self.name, self._records, settings.record_grace)
-        self.images = keeping.Images(self.name, self.volumes, self._catalog)
+        self.images = keeping.Images(self.name, self.volumes, self.catalog)
         """What peers count on."""
         self.claims = keeping.Claims()
         """On retired volumes that are being reused or removed."""
@@ -185,7 +185,7 @@ class Backend(making.Making):
         """Return retired volumes, of one instance or all; the oldest first."""
         found = [
             fresh
-            for stored in self._catalog.all()
+            for stored in self.catalog.all()
             if _is_retired(stored.body, owner)
             # What is acted upon is what stands there now, not what was remembered.
             and (fresh := self.volumes.find(stored.name)) is not None
@@ -255,7 +255,7 @@ class Backend(making.Making):
 
     def _of_owner(self, owner: str) -> set[str]:
         """Return the volumes of an instance; they go together, in any order."""
-        found = (stored.body for stored in self._catalog.all())
+        found = (stored.body for stored in self.catalog.all())
         return {each.name for each in found if owner and each.owner == owner}
 
     def _reclaim(self, volume: model.Volume) -> int:

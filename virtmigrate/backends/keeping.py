@@ -138,7 +138,52 @@ class Images:
         """Drop the leases on an image that are over; False where it is gone."""
         return self._change(name, lambda volume: _holds_without(volume, ""))
 
+    def count_on(self, name: str) -> None:
+        """Say that what was recorded just now stands on an image; ImageGone.
+
+        Whoever read the image's record before, to give the image up, fails now.
+        """
+        stored = self._usable(name)
+        try:
+            self._republish(stored, used=time.time())
+        except errors.RecordConflict:
+            # Somebody else's new generation does the same.
+            self._usable(name)
+
+    def change_origin(self, name: str, **changes: object) -> None:
+        """Change what is kept of an image; ImageGone, RecordConflict."""
+        self._republish(self._usable(name), **changes)
+
+    def doom(self, seen: record.Stored[model.Volume]) -> bool:
+        """Let nobody count on an image any more; False when it changed meanwhile."""
+        doomed = msgspec.structs.replace(seen.body, state=model.VolumeState.DOOMED)
+        try:
+            self._store.publish(seen.name, doomed, after=seen.generation)
+        except errors.RecordConflict:
+            return False
+        return True
+
     # Private
+
+    def _usable(self, name: str) -> record.Stored[model.Volume]:
+        stored = self._store.find(name)
+        if stored is None or not is_image(stored.body):
+            raise errors.ImageGone(host=self._store.pool.host.name, image=name)
+        return stored
+
+    def _republish(
+        self, stored: record.Stored[model.Volume], **changes: object
+    ) -> None:
+        """Change the origin in an image's record; RecordConflict.
+
+        An image that came otherwise has none: its record only gets a new generation.
+        """
+        body = stored.body
+        if body.image is not None:
+            image = msgspec.structs.replace(body.image, **changes)
+            body = msgspec.structs.replace(body, image=image)
+        self._store.publish(stored.name, body, after=stored.generation)
+        self._store.prune(stored.name)
 
     def _change(
         self, name: str, change: Callable[[model.Volume], Holds | None]

@@ -15,14 +15,18 @@ from virtmigrate import errors, model, record, storagepool
 VERSION = 1
 """The layout that this release makes and works with."""
 
-NAME = "virtmigrate-layout"
+RESERVED = "virtmigrate-"
+"""What records are called that are no volume's."""
+
+NAME = f"{RESERVED}layout"
 
 
 class Volumes(record.Store[model.Volume]):
-    """The records of a backend's volumes, which the layout's is not."""
+    """The records of a backend's volumes, and no others."""
 
     def newest(self) -> dict[str, int]:
-        return {name: n for name, n in super().newest().items() if name != NAME}
+        found = super().newest()
+        return {n: g for n, g in found.items() if not n.startswith(RESERVED)}
 
 
 class Keeper:

@@ -167,7 +167,7 @@ class LvmBackend(base.Backend):
 
     def sweep(self) -> None:
         super().sweep()
-        for stored in self._catalog.all():
+        for stored in self.catalog.all():
             if stored.body.state is VolumeState.DOOMED:
                 self._clearing.add(stored.name)
 

@@ -36,7 +36,7 @@ class Making(Access):
         self.volumes = layout.Volumes(
             self._records, model.Volume, grace=settings.record_grace
         )
-        self._catalog = catalog.Catalog(self.volumes)
+        self.catalog = catalog.Catalog(self.volumes)
 
     @abc.abstractmethod
     def path(self, volume: model.Volume) -> str:
@@ -124,7 +124,7 @@ class Making(Access):
 
         Raises RecordError when a record cannot be read: it might name it.
         """
-        found = (stored.body for stored in self._catalog.all(strict=True))
+        found = (stored.body for stored in self.catalog.all(strict=True))
         return {each.name for each in found if name in (each.backing, each.parent)}
 
     def overlay(self, volume: model.Volume, base: model.Volume) -> model.Volume:

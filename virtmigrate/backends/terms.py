@@ -70,6 +70,18 @@ class Arrived:
 
 
 @dataclass(frozen=True)
+class ImageLimits:
+    """What idle images are dropped for; 0 is no limit."""
+
+    count: int = 0
+    bytes: int = 0
+    age: int = 0
+    """Seconds since the last use."""
+    free: int = 0
+    """Bytes of room to make."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """A backend's group of options."""
 
@@ -80,6 +92,7 @@ class Settings:
     busy_timeout: float
     record_grace: float
     traits: tuple[str, ...] = ()
+    images: ImageLimits = ImageLimits()
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only its kind has."""
     lock_path: Path = Path()

@@ -133,6 +133,15 @@ def cancelling(work: progress.Progress) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def working(stream: TextIO) -> Iterator[Work]:
+    """Yield work that is shown, and that signals cancel."""
+    show = Display(stream)
+    work = Work(show.show)
+    with show, cancelling(work):
+        yield work
+
+
 # Private
 
 

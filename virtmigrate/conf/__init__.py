@@ -14,9 +14,10 @@ from pathlib import Path
 from oslo_config import cfg
 
 from virtmigrate import errors
-from virtmigrate.conf import host, image, transfer
+from virtmigrate.conf import cache, host, image, transfer
 from virtmigrate.conf.backend import backend_opts as backend_opts
 from virtmigrate.conf.backend import kind_opts as kind_opts
+from virtmigrate.conf.cache import limit_opts as limit_opts
 
 GROUP = "virtmigrate"
 
@@ -27,12 +28,13 @@ ALL_HOST_OPTS = [
     *transfer.receiver_opts,
     *image.image_opts,
     *host.backend_list_opts,
+    *cache.cache_opts,
 ]
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
     """Return all options for oslo-config-generator."""
-    return [(GROUP, ALL_HOST_OPTS), ("local", [*backend_opts, *kind_opts])]
+    return [(GROUP, ALL_HOST_OPTS), ("local", [*backend_opts, *limit_opts, *kind_opts])]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -112,7 +114,7 @@ def _register_backend(conf: cfg.ConfigOpts, name: str) -> None:
         raise errors.ConfigurationError(
             reason=f"backend {name!r}: use a-z, 0-9, _ and -, at most 31 characters"
         )
-    for opts in (backend_opts, kind_opts):
+    for opts in (backend_opts, limit_opts, kind_opts):
         conf.register_opts(opts, group=name)
         _check_values(conf, name, opts)
 

@@ -65,6 +65,8 @@ class Described:
     """Bytes of the disk in it."""
     locations: tuple[str, ...] = ()
     """Where the service says that it stores it, such as rbd://FSID/POOL/IMAGE/SNAP."""
+    version: str = ""
+    """What changes when the image does, where there is no checksum."""
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,15 @@ class LocalFile:
     def described(self) -> Described:
         """Return what was declared, and the size now. Raises ImageUnavailable."""
         with self._opened() as file:
+            state = _state(file)
             size = os.fstat(file).st_size
         return Described(
-            self._path.name, self._format, size, self._checksum, self._min_disk
+            self._path.name,
+            self._format,
+            size,
+            self._checksum,
+            self._min_disk,
+            version=".".join(str(each) for each in state),
         )
 
     def read(self, write: Write, check: Check, start: int = 0) -> None:

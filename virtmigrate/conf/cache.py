@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the image cache: of a host, and of each backend."""
+
+from oslo_config import cfg
+
+cache_opts = [
+    cfg.StrOpt(
+        "image_staging_path",
+        help="Directory of this host where images are staged until they are checked "
+        "and filled into a backend. It needs room for the largest image, twice where "
+        "it has to be converted. Default: `staging` in state_path.",
+    ),
+    cfg.FloatOpt(
+        "image_lease",
+        default=30.0,
+        min=1,
+        max=3600,
+        help="Seconds without a sign of life after which another one takes over what "
+        "somebody fetches; the same for all hosts that share a backend.",
+    ),
+]
+
+# oslo.config registers these once per backend, in the backend's group.
+limit_opts = [
+    cfg.IntOpt(
+        "image_max_count",
+        default=0,
+        min=0,
+        help="Images that the backend keeps; 0: any number. These limits are kept by "
+        "dropping idle images, the least recently used first. One that a disk stands "
+        "on, that a peer holds or that is pinned stays, whatever they say.",
+    ),
+    cfg.IntOpt(
+        "image_max_gib",
+        default=0,
+        min=0,
+        help="GiB that the backend's images take; 0: any number.",
+    ),
+    cfg.IntOpt(
+        "image_max_age",
+        default=604800,
+        min=0,
+        help="Seconds after its last use for which an idle image is kept; 0: for ever.",
+    ),
+    cfg.IntOpt(
+        "image_min_free_mib",
+        default=0,
+        min=0,
+        help="MiB of the backend that idle images make room for.",
+    ),
+]

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image from its source into a backend: staged, checked at the door, filled in.
+
+What lies in staging has passed nothing yet, and is read by the door alone.
+"""
+
+import contextlib
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from oslo_log import log as logging
+
+from virtmigrate import (
+    door,
+    errors,
+    filling,
+    model,
+    node,
+    reading,
+    slots,
+    sources,
+)
+from virtmigrate.backends import base
+from virtmigrate.formats import DiskFormat
+from virtmigrate.model import Role, VolumeState
+from virtmigrate.progress import Progress
+from virtmigrate.rollback import Rollback
+from virtmigrate.units import MiB
+
+LOG = logging.getLogger(__name__)
+
+_PLAIN = ("raw", "iso")
+"""Formats whose bytes are the disk's."""
+
+_OPERATION = re.compile(r"[0-9a-f]{16}")
+
+
+class Fetcher:
+    """Fills one slot of a backend."""
+
+    def __init__(self, here: node.Node, backend: base.Backend) -> None:
+        self._here = here
+        self._backend = backend
+        self._limits = door.Limits.configured(here.conf)
+
+    def fetch(
+        self,
+        claim: slots.Claim,
+        source: sources.Source,
+        described: sources.Described,
+        progress: Progress,
+    ) -> model.Volume:
+        """Return the image, published in its slot; on failure nothing of it stays.
+
+        Raises ImageRefused, ImageNotFetched, NoSpace, Cancelled, slots.Lost.
+        """
+
+        def check() -> None:
+            progress.check()
+            claim.demand()
+
+        with staging(self._here, claim.operation) as place, Rollback() as undo:
+            came = place / "image"
+            checksum = self._download(source, described, came, progress, check)
+            progress.phase("checking at the door")
+            found = door.inspect(came, described.format, self._limits)
+            raw, length = came, came.stat().st_size
+            if found.format not in _PLAIN:
+                raw, length = place / "raw", found.virtual_size
+                progress.phase("converting", length)
+                door.convert(came, found.format, raw, length, self._limits, check)
+                came.unlink()
+            origin = model.Origin(
+                key=claim.key,
+                source=source.origin,
+                name=described.name,
+                format=described.format,
+                checksum=checksum,
+                min_disk=described.min_disk,
+                rules=door.RULES,
+                checked=time.time(),
+                used=time.time(),
+            )
+            progress.phase("filling", length)
+            image = self._fill(claim, origin, raw, length, undo, progress)
+            claim.fill(image.name)
+            undo.commit()
+            return image
+
+    # Private
+
+    def _download(
+        self,
+        source: sources.Source,
+        described: sources.Described,
+        path: Path,
+        progress: Progress,
+        check: Callable[[], None],
+    ) -> str:
+        """Write what the source gives to a file with holes; return its checksum."""
+        _demand_room(path.parent, described.size or 0, self._here.name)
+        progress.phase("fetching", described.size or 0)
+        with path.open("xb", buffering=0) as file:
+
+            def write(data: bytes) -> None:
+                if any(data):
+                    file.write(data)
+                else:
+                    file.seek(len(data), 1)
+                progress.advance(len(data), sent=len(data))
+
+            received = sources.verified(
+                source, write, check, max_size=self._limits.max_size
+            )
+            file.truncate(received.size)
+        return f"{received.checksum.algorithm}:{received.checksum.hex}"
+
+    def _fill(
+        self,
+        claim: slots.Claim,
+        origin: model.Origin,
+        path: Path,
+        length: int,
+        undo: Rollback,
+        progress: Progress,
+    ) -> model.Volume:
+        name, pool = f"image-{claim.key[:8]}.{claim.operation}", self._backend.incoming
+        volume = model.Volume(
+            name=name,
+            pool=pool.name,
+            path=pool.volume_path(name),
+            format=DiskFormat.RAW,
+            role=Role.IMAGE,
+            size=filling.aligned(self._backend, length),
+            state=VolumeState.INCOMPLETE,
+            owner="",
+            operation=claim.operation,
+            origin=self._here.name,
+            image=origin,
+        )
+        filler = filling.Filler(self._here, self._backend)
+        return filler.filled(volume, reading.FileSource(path, length), undo, progress)
+
+
+@contextlib.contextmanager
+def staging(here: node.Node, operation: str) -> Iterator[Path]:
+    """Yield a directory of this host for what is fetched; it goes in the end."""
+    place = directory(here) / operation
+    with here.locks.only(f"staging-{operation}"):
+        place.mkdir(parents=True, mode=0o700)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def recheck(
+    here: node.Node, backend: base.Backend, image: model.Volume, progress: Progress
+) -> str:
+    """Return what is wrong with an image's bytes, "" if nothing is."""
+    progress.phase("reading", image.size)
+    with here.mover(progress) as mover:
+        found = mover.survey(backend.source(image, image.size))
+    if image.digest is None or found.digest() != image.digest:
+        return f"its bytes are not those of its record (root {found.root()})"
+    if image.image is None or image.image.format not in _PLAIN:
+        # What was converted is a guest's own, whatever it looks like.
+        return ""
+    progress.phase("checking at the door")
+    with staging(here, uuid.uuid4().hex[:16]) as place:
+        _copied(backend.source(image, image.size), place / "image")
+        try:
+            door.inspect(
+                place / "image", image.image.format, door.Limits.configured(here.conf)
+            )
+        except errors.ImageRefused as e:
+            return str(e)
+    return ""
+
+
+def sweep_staging(here: node.Node) -> None:
+    """Remove what killed fetchers of this host left."""
+    root = directory(here)
+    for place in root.iterdir() if root.is_dir() else ():
+        if _OPERATION.fullmatch(place.name):
+            with here.locks.only(f"staging-{place.name}") as is_idle:
+                if is_idle:
+                    shutil.rmtree(place, ignore_errors=True)
+
+
+def directory(here: node.Node) -> Path:
+    """Return where images are staged."""
+    options = here.options
+    return Path(options.image_staging_path or f"{options.state_path}/staging")
+
+
+# Private
+
+
+def _copied(source: reading.Source, path: Path) -> None:
+    with source, path.open("xb") as file:
+        for start in range(0, source.size, MiB):
+            data = source.read(start, min(start + MiB, source.size))
+            if data:
+                file.seek(start)
+                file.write(data)
+        file.truncate(source.size)
+
+
+def _demand_room(path: Path, size: int, host: str) -> None:
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise errors.NoSpace(
+            host=host, pool=str(path), wanted=size, free=free, reserved=0
+        )

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a backend: fetched once, counted on by records, dropped when idle.
+
+Policy only; bytes are the backend's and the door's business. Three records decide,
+each by compare-and-swap, for all processes and hosts that have the backend:
+
+- The *slot* of an image says who fetches it, with signs of life, or which volume it
+  became. Who loses it loses the right to publish.
+- The *volume's record* of an image says that it may be counted on. Its state and
+  the leases of peers change there, and each new reference makes a new generation.
+- The *record of a disk* names the image that it stands on. It is published before
+  the image is counted on; so of a clone and a removal at the same moment one sees
+  the other, and gives way.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from oslo_log import log as logging
+
+from virtmigrate import (
+    address,
+    door,
+    errors,
+    fetching,
+    model,
+    node,
+    slots,
+    sources,
+    stream,
+)
+from virtmigrate.backends import base, keeping
+from virtmigrate.model import VolumeState
+from virtmigrate.progress import Progress
+from virtmigrate.record import Stored
+
+LOG = logging.getLogger(__name__)
+
+_TRIES = 5
+"""Times that an image is asked for anew because it went away."""
+
+_LOOK = 0.2
+"""Seconds between two looks at what another one fetches."""
+
+
+@dataclasses.dataclass
+class Counters:
+    """What this process saw since it began."""
+
+    hits: int = 0
+    misses: int = 0
+    fetched: int = 0
+    """Bytes of volumes that were made."""
+    evictions: int = 0
+    waits: int = 0
+    """Times that somebody waited for what another one fetched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """One image, as it is now."""
+
+    volume: model.Volume
+    references: tuple[str, ...]
+    """Volumes that stand on it."""
+
+    @property
+    def origin(self) -> model.Origin:
+        assert self.volume.image is not None
+        return self.volume.image
+
+    @property
+    def is_held(self) -> bool:
+        """Tell whether a peer counts on it for a move."""
+        return any(hold.until > time.time() for hold in self.volume.holds)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.references or self.is_held or self.origin.pinned)
+
+
+class ImageCache:
+    """The images of one backend. Safe to share between threads."""
+
+    def __init__(self, here: node.Node, backend: base.Backend) -> None:
+        self._here = here
+        self._backend = backend
+        self._slots = slots.Slots(backend.volumes.pool, here.options.record_grace)
+        self._lease: float = here.options.image_lease
+        self.backend = backend.name
+        self.counters = Counters()
+
+    def obtain(
+        self, source: sources.Source, progress: Progress | None = None
+    ) -> model.Volume:
+        """Return the image of a source, fetched if it is not there.
+
+        Others that want it at the same time wait, on whatever host of the backend,
+        and go on fetching if the one who does it dies. It may be dropped again at
+        any time until something is cloned from it.
+
+        Raises ImageRefused, ImageNotFetched, NoSpace, Cancelled.
+        """
+        progress, described = progress or Progress(), source.described()
+        name = slots.key_of(source.origin, described)
+        wait = _Wait(self._lease)
+        while True:
+            found = self._slots.find(name)
+            image = self._published(found)
+            if image is not None:
+                self.counters.hits += not wait.waited
+                return image
+            if found is not None and wait.goes_on(found):
+                self._wait(found.body, progress, wait)
+                continue
+            claim = self._slots.claim(name, source.origin, found, self._here.name)
+            if claim is None:
+                continue
+            self.counters.misses += 1
+            try:
+                image = self._fetch(claim, source, described, progress)
+            except slots.Lost:
+                LOG.warning("image=%s: another one fetches it now", source.origin)
+                continue
+            return image
+
+    def clone(
+        self,
+        source: sources.Source,
+        wanted: Callable[[model.Volume], model.Volume],
+        mover: stream.Mover,
+        progress: Progress | None = None,
+    ) -> model.Volume:
+        """Make an incoming volume from an image, which is fetched if need be.
+
+        Arguments:
+            wanted: returns the volume to be made of an image.
+
+        Returns its record, incomplete. On failure nothing of the volume stays.
+        Raises as obtain(), DiskTooSmall, and what the backend's clone does.
+        """
+        for _ in range(_TRIES):
+            image = self.obtain(source, progress)
+            volume = wanted(image)
+            _demand_fit(image, volume)
+            try:
+                return self._backend.clone(
+                    image,
+                    volume,
+                    mover,
+                    lambda: self._backend.images.count_on(image.name),  # noqa: B023
+                )
+            except errors.ImageGone as e:
+                LOG.info("%s; it is fetched again", e)
+        raise errors.ImageGone(host=self._here.name, image=source.origin)
+
+    def all(self) -> list[Cached]:
+        """Return all images, the least recently used first.
+
+        Raises RecordBroken for any record that cannot be read: it may be what
+        stands on an image.
+        """
+        return self._cached(self._backend.catalog.all(strict=True))
+
+    def pin(self, cached: Cached, *, pinned: bool) -> None:
+        """Keep an image whatever the limits say, or no more; ImageGone."""
+        self._backend.images.change_origin(cached.volume.name, pinned=pinned)
+
+    def remove(self, cached: Cached) -> None:
+        """Drop an image now; ImageInUse where something counts on it."""
+        if not self._drop([cached]):
+            raise errors.ImageInUse(
+                host=self._here.name,
+                image=cached.origin.source,
+                reason=", ".join(cached.references)
+                or ("it is pinned" if cached.origin.pinned else "a peer holds it"),
+            )
+
+    def prune(self, *, dry_run: bool = False) -> list[Cached]:
+        """Drop idle images beyond the backend's limits; return them.
+
+        The least recently used goes first. One that is referenced, held, pinned or
+        being fetched stays, whatever the limits say.
+        """
+        cached = self.all()
+        beyond = list(self._beyond(cached))
+        return beyond if dry_run else self._drop(beyond)
+
+    def check(self, cached: Cached, progress: Progress) -> str:
+        """Read an image again; return what is wrong with it, "" if nothing.
+
+        That its bytes are those of the record, and by today's rules what was
+        declared, where they came as they are. It is noted when nothing is wrong.
+        """
+        said = fetching.recheck(self._here, self._backend, cached.volume, progress)
+        if not said:
+            self._backend.images.change_origin(
+                cached.volume.name, rules=door.RULES, checked=time.time()
+            )
+        return said
+
+    def leftovers(self) -> list[Stored[model.Volume]]:
+        """Return what killed fetchers left, and what was being dropped."""
+        return [
+            stored
+            for stored in self._backend.catalog.all()
+            if (image := stored.body.image) is not None
+            and (
+                stored.body.state is VolumeState.DOOMED
+                or self._slots.is_over(image.key, stored.body, self._lease)
+            )
+        ]
+
+    def clear(self, stored: Stored[model.Volume]) -> bool:
+        """Remove one leftover; False when something counts on it."""
+        if stored.body.state is VolumeState.USABLE:
+            # No slot names it, so nobody comes to count on it any more.
+            return bool(self._drop([Cached(stored.body, ())]))
+        return self._erase(stored)
+
+    def sweep(self) -> None:
+        """Remove all leftovers, and what lies in staging without a fetcher."""
+        fetching.sweep_staging(self._here)
+        for stored in self.leftovers():
+            self.clear(stored)
+
+    # Private
+
+    def _published(self, found: Stored[model.Slot] | None) -> model.Volume | None:
+        """Return the image that a slot names; None where it is gone."""
+        if found is None or not found.body.volume:
+            return None
+        stored = self._backend.volumes.find(found.body.volume)
+        return stored.body if stored and keeping.is_image(stored.body) else None
+
+    def _wait(self, slot: model.Slot, progress: Progress, wait: "_Wait") -> None:
+        """Wait a moment for another one; ImageNotFetched when that one failed."""
+        if slot.failed:
+            raise errors.ImageNotFetched(
+                image=slot.source, host=slot.host, reason=slot.failed
+            )
+        if not wait.waited:
+            self.counters.waits += 1
+            progress.phase("waiting for an image", slot.total)
+        progress.advance(max(0, slot.done - wait.done))
+        wait.waited, wait.done = True, max(slot.done, wait.done)
+        time.sleep(min(_LOOK, self._lease / 5))
+
+    def _fetch(
+        self,
+        claim: slots.Claim,
+        source: sources.Source,
+        described: sources.Described,
+        progress: Progress,
+    ) -> model.Volume:
+        for stored in self._backend.catalog.all():
+            # What those left who had the slot before.
+            if stored.body.image and stored.body.image.key == claim.key:
+                self.clear(stored)
+        with claim.beating(self._lease, progress):
+            fetcher = fetching.Fetcher(self._here, self._backend)
+            image = fetcher.fetch(claim, source, described, progress)
+        self.counters.fetched += image.size
+        LOG.info("image=%s is volume=%s now", source.origin, image.name)
+        return image
+
+    def _cached(self, records: Iterable[Stored[model.Volume]]) -> list[Cached]:
+        images: list[model.Volume] = []
+        users: dict[str, list[str]] = collections.defaultdict(list)
+        for stored in records:
+            volume = stored.body
+            if volume.image is not None and keeping.is_image(volume):
+                images.append(volume)
+            for below in {volume.backing, volume.parent} - {None}:
+                users[str(below)].append(volume.name)
+        found = [Cached(each, tuple(users[each.name])) for each in images]
+        return sorted(found, key=lambda each: each.origin.used)
+
+    def _beyond(self, cached: list[Cached]) -> Iterator[Cached]:
+        """Yield what the limits want dropped, of the idle ones."""
+        limits, now = self._backend.settings.images, time.time()
+        count = len(cached)
+        taken = {each.volume.name: self._taken(each.volume) for each in cached}
+        total, free = sum(taken.values()), self._backend.room()
+        for each in cached:
+            over = (
+                (limits.count and count > limits.count)
+                or (limits.bytes and total > limits.bytes)
+                or (limits.age and now - each.origin.used > limits.age)
+                or free < limits.free
+            )
+            if over and each.is_idle:
+                size = taken[each.volume.name]
+                count, total, free = count - 1, total - size, free + size
+                yield each
+
+    def _taken(self, volume: model.Volume) -> int:
+        try:
+            return self._backend.pool(volume.pool).allocated(volume.name)
+        except errors.VolumeNotFound:
+            return 0
+
+    def _drop(self, wanted: list[Cached]) -> list[Cached]:
+        """Drop what is idle of these; return what was.
+
+        In this order: the generation that is given up was read before the look at
+        what stands on it, so that what began to do so since then is seen.
+        """
+        names = {each.volume.name for each in wanted}
+        seen = {
+            s.name: s for s in self._backend.catalog.all(strict=True) if s.name in names
+        }
+        now = {
+            c.volume.name: c
+            for c in self._cached(self._backend.catalog.all(strict=True))
+        }
+        dropped = []
+        for name, stored in seen.items():
+            if name in now and now[name].is_idle and self._doom(stored):
+                dropped.append(now[name])
+        return dropped
+
+    def _doom(self, stored: Stored[model.Volume]) -> bool:
+        if not self._backend.images.doom(stored):
+            return False
+        self.counters.evictions += 1
+        self._erase(stored)
+        return True
+
+    def _erase(self, stored: Stored[model.Volume]) -> bool:
+        """Remove what nobody can count on any more; False when that has to wait."""
+        try:
+            self._backend.remove(stored.name)
+        except errors.VolumeInUse as e:
+            # By a clone that began at the same moment, and is giving way.
+            LOG.info("%s; it goes with a later sweep", e)
+            return False
+        image = stored.body.image
+        if image is not None:
+            self._slots.forget(image.key, stored.name)
+            LOG.info(
+                "backend=%s image=%s volume=%s dropped",
+                self._backend.name,
+                image.source,
+                stored.name,
+            )
+        return True
+
+
+class Caches:
+    """The image caches of a host, one for each of its backends."""
+
+    def __init__(self, here: node.Node) -> None:
+        self._here = here
+        self._caches = {
+            name: ImageCache(here, backend) for name, backend in here.backends.items()
+        }
+
+    def of(self, backend: base.Backend) -> ImageCache:
+        return self._caches[backend.name]
+
+    def up(self) -> list[ImageCache]:
+        """Return those whose backend is there."""
+        return [self.of(backend) for backend in self._here.up()]
+
+    def find(self, key: str, backend: str | None = None) -> tuple[ImageCache, Cached]:
+        """Return an image by its key, or by the beginning of it.
+
+        Arguments:
+            backend: where it is; None where any may have it, but only one.
+
+        Raises ImageNotFound.
+        """
+        found = [
+            (cache, cached)
+            for cache in self.up()
+            if backend in (None, cache.backend)
+            for cached in cache.all()
+            if key and cached.origin.key.startswith(key)
+        ]
+        if len(found) != 1:
+            raise errors.ImageNotFound(
+                host=self._here.name, backend=backend or "any", image=key
+            )
+        return found[0]
+
+    def tend(self) -> list[str]:
+        """Drop what the limits want dropped, and what killed fetchers left.
+
+        Returns what could not be done. From afar nothing is: that is the business of
+        the host's own service.
+        """
+        problems: list[str] = []
+        if not address.parse(self._here.options.uri).is_local:
+            return problems
+        for cache in self.up():
+            try:
+                cache.sweep()
+                cache.prune()
+            except (errors.StorageError, errors.HostError) as e:
+                problems.append(f"images: {e}")
+        return problems
+
+
+class _Wait:
+    """How long a slot gave no sign of life, by this process's own clock."""
+
+    def __init__(self, lease: float) -> None:
+        self._lease = lease
+        self._generation = -1
+        self._since = 0.0
+        self._operations: set[str] = set()
+        self.waited = False
+        self.done = 0
+
+    def goes_on(self, found: Stored[model.Slot]) -> bool:
+        """Tell whether to wait for the one that has the slot.
+
+        One who failed while we waited is believed; one who failed before is not.
+        """
+        slot = found.body
+        if slot.volume or (slot.failed and slot.operation not in self._operations):
+            return False
+        self._operations.add(slot.operation)
+        if found.generation != self._generation:
+            self._generation, self._since = found.generation, time.monotonic()
+        return time.monotonic() - self._since < self._lease
+
+
+def _demand_fit(image: model.Volume, volume: model.Volume) -> None:
+    least = max(image.size, image.image.min_disk if image.image else 0)
+    if volume.size < least:
+        raise errors.DiskTooSmall(
+            volume=volume.name, size=volume.size, image=image.name, least=least
+        )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that an image has in a backend: who fetches it, what it became.
+
+A slot is a record, so that of all processes and hosts one wins it. Who fetches
+gives signs of life, each a new generation; who sees none for as long as a lease,
+by a clock of its own, takes the slot over. The former holder finds that out at its
+next sign or at the end, and what it made is its own to remove.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import blake3
+import msgspec
+from oslo_log import log as logging
+
+from virtmigrate import errors, model, record, sources, storagepool
+from virtmigrate.backends import layout
+from virtmigrate.progress import Progress
+
+LOG = logging.getLogger(__name__)
+
+PREFIX = f"{layout.RESERVED}image-"
+
+
+class Lost(Exception):
+    """Another one has the slot."""
+
+
+def key_of(origin: str, described: sources.Described) -> str:
+    """Return what tells an image from all others: also from what it was before."""
+    checksum = described.checksum
+    content = f"{checksum.algorithm}:{checksum.hex}" if checksum else described.version
+    words = (origin, content, described.format)
+    return blake3.blake3("\0".join(words).encode()).hexdigest()[:32]
+
+
+class Slots:
+    """The slots of one backend. Safe to share between threads."""
+
+    def __init__(self, pool: storagepool.Pool, grace: float) -> None:
+        self._store = record.Store(pool, model.Slot, grace=grace)
+
+    def find(self, key: str) -> record.Stored[model.Slot] | None:
+        return self._store.find(PREFIX + key)
+
+    def claim(
+        self, key: str, source: str, found: record.Stored[model.Slot] | None, host: str
+    ) -> "Claim | None":
+        """Win a slot that was seen as `found`; None when another one was faster."""
+        slot = model.Slot(
+            key=key, source=source, operation=uuid.uuid4().hex[:16], host=host
+        )
+        after = found.generation if found else 0
+        try:
+            stored = self._store.publish(PREFIX + key, slot, after=after)
+        except errors.RecordConflict:
+            return None
+        return Claim(self._store, stored)
+
+    def is_over(self, key: str, volume: model.Volume, lease: float) -> bool:
+        """Tell whether an image's slot neither names a volume nor is to."""
+        found = self.find(key)
+        if found is None or found.body.operation != volume.operation:
+            return True
+        if found.body.volume or found.body.failed:
+            return found.body.volume != volume.name
+        # By the clock of the storage's host: no more than a hint, so it is doubled.
+        return time.time() - self._store.written(found) > 2 * lease
+
+    def forget(self, key: str, volume: str) -> None:
+        """Remove the slot of an image that is gone."""
+        found = self.find(key)
+        if found is not None and found.body.volume == volume:
+            self._store.remove(found.name)
+
+
+class Claim:
+    """The right to fill a slot, until another one takes it over."""
+
+    def __init__(
+        self, store: record.Store[model.Slot], stored: record.Stored[model.Slot]
+    ) -> None:
+        self._store = store
+        self._stored = stored
+        self._lost = False
+        self._lock = threading.Lock()
+        self.key = stored.body.key
+        self.operation = stored.body.operation
+
+    @contextlib.contextmanager
+    def beating(self, lease: float, progress: Progress) -> Iterator[None]:
+        """Give signs of life, three in a lease; say at the end when it failed."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(lease / 3):
+                report = progress.report()
+                try:
+                    self._publish(done=report.done, total=report.total)
+                except Lost:
+                    return
+                except errors.Error as e:
+                    LOG.warning("slot=%s: no sign of life: %s", self.key, e)
+
+        thread = threading.Thread(target=beat, name="image-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        except Lost:
+            raise
+        except BaseException as e:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(Lost, errors.Error):
+                self._publish(failed=str(e) or type(e).__name__)
+            raise
+        finally:
+            ended.set()
+            thread.join()
+
+    def demand(self) -> None:
+        """Raise Lost once it is known that another one has it."""
+        if self._lost:
+            raise Lost
+
+    def fill(self, volume: str) -> None:
+        """Publish what the image became; Lost where another one has the slot."""
+        self._publish(volume=volume)
+
+    # Private
+
+    def _publish(self, **changes: object) -> None:
+        with self._lock:
+            self.demand()
+            name, body = self._stored.name, self._stored.body
+            if body.volume:
+                return
+            body = msgspec.structs.replace(body, **changes)
+            try:
+                self._stored = self._store.publish(
+                    name, body, after=self._stored.generation
+                )
+            except errors.RecordConflict as e:
+                self._lost = True
+                raise Lost from e
+            self._store.prune(name)
