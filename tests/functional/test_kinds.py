@@ -17,7 +17,7 @@ import pytest
 import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import conftest, places
-from virtmigrate import conf, errors, manifest, model, reading, stream
+from virtmigrate import conf, domainxml, errors, manifest, model, reading, stream
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.formats import DiskFormat
 from virtmigrate.model import TransferState
@@ -294,7 +294,13 @@ def spoil(side: Side, instance: Any) -> None:
     name, volume = side.disk(instance)
     backend = side.driver.node.backend(name)
     with side.libvirt() as conn:
-        conn.lookupByUUIDString(instance.uuid).suspend()
+        domain = conn.lookupByUUIDString(instance.uuid)
+        domain.suspend()
+        if volume.format is DiskFormat.QCOW2:
+            domain.destroy()
+            argv = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", volume.path]
+            subprocess.run(argv, check=True, timeout=30, stdout=subprocess.DEVNULL)
+            return
     target = backend.target(volume.name, volume.size)
     if backend.disks.name != backend.incoming.name:
         with Path(volume.path).open("r+b") as file:
@@ -317,6 +323,91 @@ def test_the_state_is_one_of_the_transfer(kinds: Kinds) -> None:
     assert (sent.backend, sent.shared) == (kinds.b.name, is_shared(kinds))
     kinds.a.driver.confirm_migration(None, None, instance, None)
     kinds.b.driver.destroy(None, instance, None)
+
+
+# Disks that are clones
+
+CLONED = [("rbd", "dir-xfs"), ("rbd", "rbd"), ("dir-xfs", "dir-ext4")]
+
+
+def stand_on_image(side: Side, instance: Any) -> model.Volume:
+    """Make an instance's root disk a clone of an image that holds the same."""
+    here, (name, root) = side.driver.node, side.disk(instance)
+    backend, pool = here.backend(name), here.backend(name).incoming
+    side.driver.power_off(instance)
+
+    def new(name: str, **fields: Any) -> model.Volume:
+        state, path = model.VolumeState.INCOMPLETE, pool.volume_path(name)
+        values = {"name": name, "pool": pool.name, "path": path, "state": state}
+        return msgspec.structs.replace(root, **{**values, **fields})
+
+    def finished(volume: model.Volume, **fields: Any) -> model.Volume:
+        pool, path = backend.accept(volume.name)
+        values = {"pool": pool, "path": path, "state": model.VolumeState.USABLE}
+        return backend.update(msgspec.structs.replace(volume, **values, **fields))
+
+    with stream.Mover() as mover:
+        digest = mover.survey(backend.source(root, root.size)).digest()
+        made = new(f"image.{uuid.uuid4().hex[:8]}", role=model.Role.IMAGE, owner="")
+        image = finished(backend.copy(root, made, mover), digest=digest)
+        made = new(f"vda.{uuid.uuid4().hex[:16]}", operation="cloning")
+        disk = finished(backend.clone(image, made, mover))
+    record = here.instances.read(instance.uuid).body
+    refs = tuple(
+        msgspec.structs.replace(ref, volume=disk.name) if ref.target == "vda" else ref
+        for ref in record.disks
+    )
+    here.publish_instance(msgspec.structs.replace(record, disks=refs))
+    with side.libvirt() as conn:
+        text = conn.lookupByUUIDString(instance.uuid).XMLDesc(2)
+        conn.defineXML(domainxml.with_disks(text, {"vda": backend.layers(disk.name)}))
+    backend.remove(root.name)
+    side.driver.power_on(None, instance, None)
+    return image
+
+
+@pytest.mark.parametrize("kinds", CLONED, ids="-".join, indirect=True)
+def test_a_clone_moves_whole(kinds: Kinds) -> None:
+    """With what it shares with its image, which stays behind."""
+    instance = kinds.spawn()
+    before = kinds.a.root(instance)
+    image = stand_on_image(kinds.a, instance)
+    backend = kinds.a.driver.node.backend(kinds.a.name)
+    assert kinds.a.root(instance) == before
+    assert backend.users(image.name) == {kinds.a.disk(instance)[1].name}
+    kinds.move(instance)
+    assert kinds.b.root(instance) == before
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.settle()
+    assert kinds.b.state_of(instance) == "running"
+    assert kinds.b.root(instance) == before
+    assert (kinds.b.disk(instance)[1].parent == image.name) == is_shared(kinds)
+    assert backend.users(image.name) == (
+        {kinds.b.disk(instance)[1].name} if is_shared(kinds) else set()
+    )
+    kinds.b.driver.destroy(None, instance, None)
+    backend.remove(image.name)
+    for side in (kinds.a, kinds.b):
+        assert not [n for n in side.volumes() if "vda" in n or "image" in n]
+
+
+@pytest.mark.parametrize("kinds", CLONED, ids="-".join, indirect=True)
+def test_a_clone_comes_back(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    before = kinds.a.root(instance)
+    image = stand_on_image(kinds.a, instance)
+    _, disk = kinds.a.disk(instance)
+    kinds.move(instance, root_gb=1)
+    spoil(kinds.b, instance)
+    assert kinds.b.root(instance) != before
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.a.driver.finish_revert_migration(None, instance)
+    assert kinds.a.state_of(instance) == "running"
+    assert kinds.a.root(instance) == before
+    back = kinds.a.disk(instance)[1]
+    assert (back.parent, back.backing) == (disk.parent, disk.backing)
+    kinds.a.driver.destroy(None, instance, None)
+    kinds.a.driver.node.backend(kinds.a.name).remove(image.name)
 
 
 @pytest.mark.parametrize("kinds", [PAIRS[0]], ids="-".join, indirect=True)
