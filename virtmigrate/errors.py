@@ -33,7 +33,7 @@
     │   ├── NotEntitled
     │   └── OwnedElsewhere
     ├── TransferError
-    │   ├── ShortTransfer, SourceChanged
+    │   ├── ShortTransfer, SourceChanged, SourceUnreadable
     │   └── VerificationFailed
     ├── ImageError
     │   ├── ImageRefused
@@ -323,6 +323,10 @@ class SourceChanged(TransferError):
         "reading {volume}: it changed while it was read ({reason}); what was copied "
         "of it is not used"
     )
+
+
+class SourceUnreadable(TransferError):
+    msg = "reading {volume}: {reason}"
 
 
 class VerificationFailed(TransferError):

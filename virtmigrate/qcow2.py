@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the header of a qcow2 file that arrives may not say.
+"""What the header of a qcow2 file may not say, before its data is believed.
 
 The one exception to "never probe": a domain's XML cannot say that there is no file
 for the data, so QEMU takes the header's word. This look refuses, and decides nothing
@@ -14,6 +14,11 @@ _VERSION_2 = b"\0\0\0\2"
 """It has no features: where they would be lies anything."""
 _DATA_FILE = 1 << 2
 """The incompatible feature by which the data lies in another file."""
+
+
+def size(head: bytes) -> int:
+    """Return the virtual size that a header says."""
+    return int.from_bytes(head[24:32], "big")
 
 
 def objection(head: bytes) -> str | None:

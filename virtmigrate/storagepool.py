@@ -320,7 +320,9 @@ class Pool:
             f"measuring {name}",
             lambda s, pool: self._lookup(pool, name).infoFlags(flags),
         )
-        return int(info[0]), int(info[2])
+        # Of an image in a cluster libvirt knows only its size, and says 0 here (9.0).
+        is_image = info[0] == libvirt.VIR_STORAGE_VOL_NETWORK
+        return int(info[0]), int(info[1 if is_image else 2])
 
     def _prove_local(self) -> bool:
         if not os.access(self.path, os.R_OK | os.X_OK):

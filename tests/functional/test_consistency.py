@@ -16,7 +16,7 @@ import pytest
 import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
-from tests.functional.test_kinds import Kinds, Side
+from tests.functional.sides import Kinds, Side
 from virtmigrate import consistency, errors, model, upgrade
 from virtmigrate.backends import base, layout
 from virtmigrate.consistency import Kind

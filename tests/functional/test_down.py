@@ -10,7 +10,7 @@ import pytest
 import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
-from tests.functional.test_kinds import Kinds, Side
+from tests.functional.sides import Kinds, Side
 from virtmigrate import errors, node
 
 TIMEOUT = 5.0

@@ -25,7 +25,7 @@ from lxml import etree
 import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
-from tests.functional.test_kinds import Side
+from tests.functional.sides import Side
 from virtmigrate import (
     consistency,
     door,

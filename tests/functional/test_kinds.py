@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves from any kind of backend to any other: the guest sees the same bytes."""
 
-import contextlib
-import hashlib
-import subprocess
-import types
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import libvirt
 import msgspec
 import pytest
 
 import sandbox
 from sandbox.ceph import Ceph
-from tests.functional import conftest, places
-from virtmigrate import conf, domainxml, errors, manifest, model, reading, stream
-from virtmigrate.driver import VirtMigrateDriver
-from virtmigrate.formats import DiskFormat
+from tests.functional.sides import (
+    SIZE,
+    Kinds,
+    Side,
+    add_disk,
+    between,
+    is_shared,
+    spoil,
+)
+from virtmigrate import domainxml, errors, manifest, model, stream
 from virtmigrate.model import TransferState
 from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
 
-SIZE = 24 * MiB
 PAIRS = [("dir-ext4", "rbd"), ("rbd", "dir-xfs"), ("rbd", "rbd")]
 PAIRS += [("shared_dir", "shared_dir"), ("dir-xfs", "dir-falloc")]
 """Kinds of backends at the source and at the peer."""
@@ -37,157 +37,6 @@ def hosts(box: sandbox.Sandbox) -> Iterator[tuple[sandbox.Host, sandbox.Host]]:
     box.remove_host("kind-beta")
 
 
-class Side:
-    """One host, with a backend for files and one for disks."""
-
-    def __init__(
-        self,
-        host: places.Where,
-        tmp: Path,
-        disks: dict[str, Any],
-        name: str,
-        grace: int = 2,
-        **options: object,
-    ) -> None:
-        self.host = host
-        self.name = name
-        storage = host.storage if isinstance(host, sandbox.Host) else Path("/srv")
-        self.path = storage / f"kinds-{uuid.uuid4().hex[:8]}"
-        lines = [f"{key} = {value}" for key, value in disks.items()]
-        self.config = tmp / "virtmigrate.conf"
-        self.config.parent.mkdir()
-        self.config.write_text(
-            f"[virtmigrate]\nuri = {places.uri_of(host)}\naddress = {host.name}\n"
-            f"virt_type = qemu\nstate_path = {tmp}/state\n"
-            f"peer_uri = {host.uri.replace(host.name, '{dest}', 1)}\n"
-            f"enabled_backends = files, {name}\nfile_backend = files\n"
-            f"call_timeout = 15\nconnect_timeout = 5\nrecord_grace = {grace}\n"
-            "settle_interval = 0\nretry_timeout = 0\nresume_age = 0\n"
-            "receiver_timeout = 10\n"
-            + "".join(f"{key} = {value}\n" for key, value in options.items())
-            + f"[files]\npath = {self.path}\n[{name}]\n"
-            + "\n".join(lines)
-            + "\n"
-        )
-        self.moved: list[Progress] = []
-        self.driver = self._driver()
-
-    def restart(self) -> None:
-        """Have a driver as a restarted process would."""
-        self.driver.cleanup_host(self.host.name)
-        self.driver = self._driver()
-
-    def close(self) -> None:
-        self.driver.cleanup_host(self.host.name)
-        with self.libvirt() as conn:
-            for domain in conn.listAllDomains(0):
-                if domain.isActive():
-                    domain.destroy()
-                with contextlib.suppress(libvirt.libvirtError):
-                    domain.undefine()
-            for pool in conn.listAllStoragePools(0):
-                pool.destroy()
-                pool.undefine()
-
-    @contextlib.contextmanager
-    def libvirt(self) -> Iterator["libvirt.virConnect"]:
-        conn = libvirt.open(places.uri_of(self.host))
-        try:
-            yield conn
-        finally:
-            conn.close()
-
-    def state_of(self, instance: Any) -> str | None:
-        names = {1: "running", 3: "paused", 5: "shutoff"}
-        with self.libvirt() as conn:
-            try:
-                return names.get(conn.lookupByUUIDString(instance.uuid).state()[0])
-            except libvirt.libvirtError:
-                return None
-
-    def disk(self, instance: Any, target: str = "vda") -> tuple[str, model.Volume]:
-        """The backend and the record of a disk."""
-        here = self.driver.node
-        refs = here.instances.read(instance.uuid).body.disks
-        (ref,) = (each for each in refs if each.target == target)
-        return ref.backend, here.backend(ref.backend).volumes.read(ref.volume).body
-
-    def root(self, instance: Any, target: str = "vda") -> str:
-        """Digest of all that a disk holds, as its guest sees it."""
-        name, volume = self.disk(instance, target)
-        backend = self.driver.node.backend(name)
-        source = backend.source(volume, volume.size)
-        if volume.format is DiskFormat.QCOW2:
-            path = self.config.with_name("guest-view")
-            argv = ["qemu-img", "convert", "-U", "-O", "raw"]
-            view = conftest.guest_view(backend.layers(volume.name))
-            subprocess.run([*argv, view, str(path)], check=True, timeout=60)
-            source = reading.FileSource(path, volume.size)
-        with stream.Mover() as mover:
-            return mover.survey(source).root()
-
-    def volumes(self) -> set[str]:
-        """All that lies in the backends."""
-        found = set()
-        for backend in self.driver.node.backends.values():
-            for pool in (backend.disks, backend.incoming, backend.volumes.pool):
-                found |= {f"{backend.name}/{each}" for each in pool.names()}
-        return found
-
-    def _driver(self) -> VirtMigrateDriver:
-        made = VirtMigrateDriver(conf=conf.load(self.config), progress=self._progress)
-        made.init_host(self.host.name)
-        return made
-
-    def _progress(self) -> Progress:
-        self.moved.append(Progress())
-        return self.moved[-1]
-
-
-class Kinds:
-    """Two sides, and an instance that moves between them."""
-
-    def __init__(self, a: Side, b: Side, tmp: Path) -> None:
-        self.a = a
-        self.b = b
-        self.image = tmp / "image"
-        data = hashlib.shake_128(b"kinds").digest(3 * MiB)
-        with self.image.open("wb") as file:
-            file.truncate(SIZE)
-            file.write(data)
-            file.seek(SIZE - MiB)
-            file.write(data[:MiB])
-
-    def spawn(self, flavor: Any = None) -> Any:
-        made = types.SimpleNamespace(
-            uuid=str(uuid.uuid4()),
-            name=f"guest-{uuid.uuid4().hex[:6]}",
-            flavor=flavor or self.flavor(self.a),
-        )
-        meta = {"path": str(self.image), "disk_format": "raw"}
-        self.a.driver.spawn(None, made, meta)
-        return made
-
-    def flavor(self, side: Side, **values: int) -> Any:
-        return self.flavor_of(side.name, **values)
-
-    @staticmethod
-    def flavor_of(backend: str, **values: int) -> Any:
-        fields = {"memory_mb": 64, "vcpus": 1, "root_gb": 0, "ephemeral_gb": 0}
-        specs = {"virtmigrate:backend": backend}
-        return types.SimpleNamespace(**{**fields, **values}, extra_specs=specs)
-
-    def move(self, instance: Any, **values: int) -> None:
-        ticket = self.a.driver.migrate_disk_and_power_off(
-            None, instance, self.b.host.name, self.flavor(self.b, **values), None
-        )
-        self.b.driver.finish_migration(None, None, instance, ticket, None)
-
-    def sent(self) -> int:
-        """Bytes that the last move sent."""
-        return self.a.moved[-1].report().sent
-
-
 @pytest.fixture(params=PAIRS, ids="-".join)
 def kinds(
     request: pytest.FixtureRequest,
@@ -195,21 +44,8 @@ def kinds(
     tmp_path: Path,
     cluster: Callable[[], Ceph],
 ) -> Iterator[Kinds]:
-    with contextlib.ExitStack() as stack:
-        sides = []
-        for side, kind, host in zip("ab", request.param, hosts, strict=True):
-            place = places.PLACES[kind](host, "kinds", tmp_path / side, cluster)
-            values = stack.enter_context(place)
-            sides.append(Side(host, tmp_path / side, values, f"the{kind}"))
-            stack.callback(sides[-1].close)
-        yield Kinds(sides[0], sides[1], tmp_path)
-
-
-def is_shared(kinds: Kinds) -> bool:
-    found = [
-        each.driver.node.backends[each.name].storage() for each in (kinds.a, kinds.b)
-    ]
-    return found[0] == found[1]
+    with between(request.param, hosts, tmp_path, cluster) as made:
+        yield made
 
 
 def test_moved_and_confirmed(kinds: Kinds) -> None:
@@ -287,27 +123,6 @@ class Cancelling(Progress):
         super().phase(name, total)
         if name == "handing over":
             self.cancel()
-
-
-def spoil(side: Side, instance: Any) -> None:
-    """Write to a disk as its guest would."""
-    name, volume = side.disk(instance)
-    backend = side.driver.node.backend(name)
-    with side.libvirt() as conn:
-        domain = conn.lookupByUUIDString(instance.uuid)
-        domain.suspend()
-        if volume.format is DiskFormat.QCOW2:
-            domain.destroy()
-            argv = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", volume.path]
-            subprocess.run(argv, check=True, timeout=30, stdout=subprocess.DEVNULL)
-            return
-    target = backend.target(volume.name, volume.size)
-    if backend.disks.name != backend.incoming.name:
-        with Path(volume.path).open("r+b") as file:
-            file.write(b"spoilt")
-        return
-    with target.writer(volume.size, lambda: None) as writer:
-        writer.write(0, b"spoilt")
 
 
 def test_the_state_is_one_of_the_transfer(kinds: Kinds) -> None:
@@ -421,31 +236,3 @@ def test_equal_names_in_two_backends(kinds: Kinds) -> None:
     assert (kinds.b.root(instance), kinds.b.root(instance, "vdb")) == before
     kinds.a.driver.confirm_migration(None, None, instance, None)
     kinds.b.driver.destroy(None, instance, None)
-
-
-def add_disk(side: Side, instance: Any, target: str, data: bytes) -> None:
-    """Give an instance a disk of files, whose volume is called as its root's is."""
-    here = side.driver.node
-    _, root = side.disk(instance)
-    path = Path(here.files.disks.volume_path(root.name))
-    volume = msgspec.structs.replace(
-        root, pool=here.files.disks.name, path=str(path), role=model.Role.EPHEMERAL
-    )
-    here.files.allocate(volume)
-    with path.open("r+b") as file:
-        file.write(data)
-    record = here.instances.read(instance.uuid).body
-    ref = model.DiskRef(
-        target=target, volume=volume.name, backend="files", role=volume.role
-    )
-    here.publish_instance(msgspec.structs.replace(record, disks=(*record.disks, ref)))
-    side.driver.power_off(instance)
-    layers = here.files.layers(volume.name)
-    with side.libvirt() as conn:
-        domain = conn.lookupByUUIDString(instance.uuid)
-        domain.attachDeviceFlags(
-            f"<disk type='file'><driver name='qemu' type='{layers[0].fmt.value}'/>"
-            f"<source file='{path}'/><target dev='{target}' bus='virtio'/></disk>",
-            libvirt.VIR_DOMAIN_AFFECT_CONFIG,
-        )
-    side.driver.power_on(None, instance, None)

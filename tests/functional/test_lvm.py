@@ -16,7 +16,7 @@ import pytest
 
 import sandbox
 from tests.functional import inside, places, test_contract
-from tests.functional.test_kinds import Kinds, Side
+from tests.functional.sides import Kinds, Side
 from virtmigrate import errors
 from virtmigrate.backends import lvm
 from virtmigrate.model import VolumeState

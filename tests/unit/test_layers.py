@@ -48,6 +48,8 @@ FLOORS = {
     "known": 2,
     "reading": 3,
     "live": 3,
+    "nbdserver": 3,
+    "guestview": 3,
     "writing": 3,
     "crew": 3,
     "stream": 3,
@@ -181,8 +183,9 @@ def test_a_circle_is_found() -> None:
     assert not circle({"a": {"b", "c"}, "b": {"c"}})
 
 
-STARTS_PROGRAMS = {"backends.lvmtools", "door.confined"}
-"""LVM's own commands, and what reads images: lists of arguments, by no shell."""
+STARTS_PROGRAMS = {"backends.lvmtools", "door.confined", "nbdserver"}
+"""LVM's own commands, and what reads images and layers: lists of arguments, by no
+shell."""
 
 BELOW_THE_FACE = [name for name in sorted(GRAPH) if FLOORS.get(room(name), 9) < 9]
 

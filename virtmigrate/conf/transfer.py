@@ -69,6 +69,13 @@ transfer_opts = [
         "only what it wrote meanwhile: much less downtime, for reading the disks "
         "twice. Turn it off where the disks are slower than the network.",
     ),
+    cfg.BoolOpt(
+        "flatten_disks",
+        default=False,
+        help="Send what a guest sees of its disk, as one raw volume, instead of the "
+        "layers that the disk consists of. Where the peer's backend holds raw volumes "
+        "only, that is done in any case. This process must be able to read the files.",
+    ),
     cfg.FloatOpt(
         "retry_timeout",
         default=120.0,

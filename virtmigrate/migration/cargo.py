@@ -15,6 +15,7 @@ from oslo_log import log as logging
 from virtmigrate import (
     account,
     errors,
+    guestview,
     known,
     manifest,
     model,
@@ -152,6 +153,8 @@ class Cargo:
 
     def _length(self, volume: model.TransferVolume) -> int:
         backend, ours = self._ours(volume)
+        if facts.is_converted(volume, ours):
+            return ours.size
         return backend.pool(ours.pool).physical(ours.name)
 
     def _send(
@@ -163,8 +166,10 @@ class Cargo:
         """
         source, target = self._source(volume), self._target(volume)
         holds = self._known[volume.name]
+        converted = isinstance(source, guestview.GuestView)
+        doing = f"{'converting' if converted else 'copying'} {volume.target}"
         for _ in range(ROUNDS):
-            self._progress.phase(f"copying {volume.target}", target.size)
+            self._progress.phase(doing, target.size)
             ours = mover.copy(source, target, holds)
             wrong = self._compare(volume, ours, mover)
             if not wrong:
@@ -211,14 +216,17 @@ class Cargo:
 
     def _keep(self, volume: model.TransferVolume, ours: manifest.Manifest) -> None:
         """Keep what the source's bytes are, for the day when it is retired."""
-        if self._here.options.keep_retired:
-            backend, found = self._ours(volume)
+        backend, found = self._ours(volume)
+        # The digests of what a guest sees are not those of its files.
+        if self._here.options.keep_retired and not facts.is_converted(volume, found):
             digest = ours.digest()
             backend.update(msgspec.structs.replace(found, digest=digest))
             backend.keep_manifest(volume.source, ours)
 
     def _source(self, volume: model.TransferVolume) -> reading.Source:
         backend, ours = self._ours(volume)
+        if facts.is_converted(volume, ours):
+            return guestview.GuestView(backend.layers(ours.name), ours.size)
         return backend.source(ours, self._length(volume))
 
     def _target(self, volume: model.TransferVolume) -> writing.Target:
@@ -236,4 +244,20 @@ class Cargo:
             # Long blocks are read twice, and must be the same both times.
             return None
         backend, ours = self._ours(volume)
+        if facts.is_converted(volume, ours):
+            return _below(backend, ours)
         return backend.live(ours, volume.length)
+
+
+# Private
+
+
+def _below(backend: base.Backend, top: model.Volume) -> reading.Source | None:
+    """Return what stands still below the layer that a guest writes to.
+
+    None without such layers, and where they show more than the layer does.
+    """
+    below = backend.chain(top.name)[1:]
+    if not below or below[0].size > top.size:
+        return None
+    return guestview.GuestView(backend.layers(below[0].name), below[0].size)

@@ -250,11 +250,14 @@ class Departure:
         roots = facts.roots(self.journal)
         for sent in self._transfer.volumes:
             backend = self._backend(sent)
-            found = None if sent.shared else backend.volumes.find(sent.source)
             if sent.kept:
                 backend.drop_state(sent.source, self.journal.operation)
-            if found is not None and found.body.owner == self._original.uuid:
-                self._remove_or_retire(backend, found.body, roots.get(sent.name))
+            left = self._left(backend, sent)
+            if any(facts.is_converted(sent, volume) for volume in left):
+                for volume in left:
+                    backend.remove(volume.name)
+            elif left:
+                self._remove_or_retire(backend, left[0], roots.get(sent.name))
         stored = self._here.instances.find(self._original.uuid)
         if (
             stored
@@ -262,6 +265,22 @@ class Departure:
             and (stored.body.host == self._here.name)
         ):
             self._here.instances.remove(self._original.uuid)
+
+    def _left(
+        self, backend: base.Backend, sent: model.TransferVolume
+    ) -> list[model.Volume]:
+        """Return what this instance has still here of a volume that was sent.
+
+        Of a converted disk that is all of its chain, the lowest first: removed in this
+        order, what is left of it is always found from its top.
+        """
+        found: list[model.Volume] = []
+        name = None if sent.shared else sent.source
+        while name is not None and (stored := backend.volumes.find(name)):
+            converted = facts.is_converted(sent, stored.body)
+            name = stored.body.backing if converted else None
+            found.insert(0, stored.body)
+        return [each for each in found if each.owner == self._original.uuid]
 
     def _remove_or_retire(
         self, backend: base.Backend, volume: model.Volume, root: str | None

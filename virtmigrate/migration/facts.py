@@ -52,6 +52,15 @@ def source_of(
     )
 
 
+def is_converted(volume: model.TransferVolume, ours: model.Volume) -> bool:
+    """Tell whether what a guest sees of a disk is sent, and not its layers.
+
+    Arguments:
+        ours: the record of the top layer here.
+    """
+    return volume.format is not ours.format
+
+
 def roots(journal: Journal) -> dict[str, str]:
     """Return the root of each volume that this move copied, by its name there."""
     return {each["volume"]: each["root"] for each in journal.all("copying")}

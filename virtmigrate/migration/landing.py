@@ -5,21 +5,26 @@ already."""
 import contextlib
 from dataclasses import dataclass
 
-from virtmigrate import errors, model, node
+from virtmigrate import errors, guestview, model, node
 from virtmigrate.backends import base
+from virtmigrate.formats import DiskFormat
 from virtmigrate.migration.inspection import NVRAM
 from virtmigrate.model import Role
 from virtmigrate.peer import Peer
 from virtmigrate.placement import ANY, Demand
+
+_Card = model.BackendCard
 
 
 @dataclass(frozen=True)
 class Landing:
     """A backend of the peer for one disk."""
 
-    card: model.BackendCard
+    card: _Card
     shared: bool
     """Both hosts see it: nothing is copied."""
+    converted: bool = False
+    """What its guest sees is sent, as one raw volume, and not its layers."""
 
 
 def choose(
@@ -71,7 +76,7 @@ class _Chooser:
             and (_is_file(ref) or self._wanted.fits(seen.name, seen.traits))
         ):
             return Landing(seen, shared=True)
-        return Landing(self._copied(ref, backend), shared=False)
+        return self._copied(ref, backend)
 
     # Private
 
@@ -110,26 +115,49 @@ class _Chooser:
         """
         return all(v.pool == backend.disks.name for v in backend.chain(ref.volume))
 
-    def _copied(self, ref: model.DiskRef, backend: base.Backend) -> model.BackendCard:
-        """Return the first of the peer's backends that can hold the disk.
+    def _copied(self, ref: model.DiskRef, backend: base.Backend) -> Landing:
+        """Return where a disk comes to that is sent: as it is, if that can be held.
 
-        The one that was asked for; one of this name; one of this kind; any. Files
-        go where files are kept.
+        Files go where files are kept.
         """
-        formats = {volume.format for volume in backend.chain(ref.volume)}
         fitting = [
             each
             for each in self._card.backends
-            if formats <= set(each.formats)
-            and (each.files if _is_file(ref) else self._fits(each))
+            if (each.files if _is_file(ref) else self._fits(each))
         ]
-        if not fitting:
+        formats = {volume.format for volume in backend.chain(ref.volume)}
+        holding = [each for each in fitting if formats <= set(each.formats)]
+        layered = DiskFormat.QCOW2 in formats
+        if layered and (not holding or self._here.options.flatten_disks):
+            return self._converted(ref, backend, fitting)
+        return Landing(self._nearest(ref, backend, holding, formats), shared=False)
+
+    def _converted(
+        self, ref: model.DiskRef, backend: base.Backend, fitting: list[_Card]
+    ) -> Landing:
+        """Return where what the guest sees of a disk comes to."""
+        holding = [each for each in fitting if DiskFormat.RAW in each.formats]
+        formats = {volume.format for volume in backend.chain(ref.volume)}
+        nearest = self._nearest(ref, backend, holding, formats)
+        if reason := _unreadable(ref, backend):
+            raise self._refuse(f"disk {ref.target} cannot be made raw: {reason}")
+        return Landing(nearest, shared=False, converted=True)
+
+    def _nearest(
+        self,
+        ref: model.DiskRef,
+        backend: base.Backend,
+        holding: list[_Card],
+        formats: set[DiskFormat],
+    ) -> _Card:
+        """Return the backend of this name; one of this kind; any."""
+        if not holding:
             wanted = ANY if _is_file(ref) else self._wanted
             raise self._refuse(
                 f"host {self._card.host} has no {wanted} for disk {ref.target} "
                 f"({', '.join(sorted(f.value for f in formats))})"
             )
-        return min(fitting, key=lambda each: self._distance(each, backend))
+        return min(holding, key=lambda each: self._distance(each, backend))
 
     def _fits(self, card: model.BackendCard) -> bool:
         return self._wanted.fits(card.name, card.traits)
@@ -141,6 +169,15 @@ class _Chooser:
 
 def _is_file(ref: model.DiskRef) -> bool:
     return ref.role in (Role.NVRAM, Role.CONFIG)
+
+
+def _unreadable(ref: model.DiskRef, backend: base.Backend) -> str | None:
+    """Return why this process cannot read what the guest sees of a disk."""
+    chain = backend.chain(ref.volume)
+    for each in chain:
+        if backend.local_file(backend.pool(each.pool), each.name) is None:
+            return f"this process may not read volume {each.name} directly"
+    return guestview.obstacle(backend.layers(ref.volume), chain[0].size)
 
 
 def _noted(backend: base.Backend) -> contextlib.AbstractContextManager[str]:

@@ -7,6 +7,7 @@ import time
 import uuid as uuids
 
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, needs, node, peer
 from virtmigrate.backends import base
@@ -17,6 +18,8 @@ from virtmigrate.peer import Peer
 from virtmigrate.placement import ANY, Demand
 from virtmigrate.reservation import sent_size
 from virtmigrate.units import round_up
+
+LOG = logging.getLogger(__name__)
 
 NVRAM = inspection.NVRAM
 
@@ -145,6 +148,9 @@ class _Planner:
             if there.shared:
                 volume = self._shared(ref, backend, there.card)
                 volumes[ref.backend, volume.source] = volume
+            elif there.converted:
+                volume = self._converted(ref, backend, there.card)
+                volumes[ref.backend, volume.source] = volume
             else:
                 self._add_chain(ref, backend, there.card, volumes)
         self._check_growth(volumes)
@@ -216,6 +222,31 @@ class _Planner:
             digest=volume.digest if is_image and not top else None,
         )
         return msgspec.structs.replace(sent, room=max(size, sent_size(sent)))
+
+    def _converted(
+        self, ref: model.DiskRef, backend: base.Backend, card: model.BackendCard
+    ) -> model.TransferVolume:
+        """Plan that all a guest sees of a disk becomes one raw volume."""
+        top = backend.chain(ref.volume)[0]
+        size = round_up(self._new_size(ref, top), card.granularity)
+        LOG.info(
+            "operation=%s disk=%s becomes raw: what its guest writes to its top layer "
+            "is sent when it is off",
+            self._operation,
+            ref.target,
+        )
+        return model.TransferVolume(
+            name=f"{ref.target}.{self._operation}",
+            backend=card.name,
+            source=top.name,
+            target=ref.target,
+            role=ref.role,
+            format=DiskFormat.RAW,
+            size=size,
+            length=top.size,
+            room=size,
+            grow=size > top.size,
+        )
 
     def _shared(
         self, ref: model.DiskRef, backend: base.Backend, card: model.BackendCard
