@@ -28,7 +28,7 @@ def understood(data: bytes, declared: str, limits: Limits) -> int:
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise Refusal("the look at it gave no answer") from e
     if answer.refused:
-        raise Refusal(plain(answer.refused))
+        raise Refusal(answer.refused)
     if answer.format != declared or not 0 < answer.virtual_size <= limits.max_size:
         raise Refusal("the look at it gave an answer that cannot be")
     return answer.virtual_size

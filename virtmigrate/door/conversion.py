@@ -5,6 +5,7 @@ qemu-img is told the format of both files, that there is no backing file, and th
 is a file: nothing that a header names is opened. What it may use has limits.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -41,8 +42,10 @@ def convert(
 ) -> None:
     """Write the disk that is in an image into a raw file of exactly size bytes.
 
-    The image is looked at first, by inspect(). What the target held is gone. Behind
-    the image's disk it has zeros; where the disk has zeros it has holes. It is fsynced.
+    The image is looked at first, by inspect(), and the disk in it last: one that looks
+    like an image with a header is refused, whoever might probe it later. What the
+    target held is gone. Behind the image's disk it has zeros; where the disk has zeros
+    it has holes. It is fsynced.
 
     Arguments:
         source: the image; nobody writes it meanwhile.
@@ -68,6 +71,7 @@ def convert(
         _finish(target, size)
     except OSError as e:
         raise errors.ImageNotConverted(image=source, reason=str(e)) from e
+    _check_inside(source, target, size, limits, check)
 
 
 # Private
@@ -132,6 +136,17 @@ def _command(source: Path, fmt: str, target: Path) -> list[str]:
         image,
         f"driver=raw,file.driver=file,file.filename={name}",
     ]
+
+
+def _check_inside(
+    source: Path, target: Path, size: int, limits: Limits, check: Callable[[], object]
+) -> None:
+    as_raw = dataclasses.replace(limits, formats=("raw",), max_size=size)
+    try:
+        look.inspect(target, "raw", as_raw, check)
+    except errors.ImageRefused as e:
+        reason = f"of the disk in it: {e.reason}"
+        raise errors.ImageRefused(image=source, reason=reason) from e
 
 
 def _finish(target: Path, size: int) -> None:

@@ -48,11 +48,15 @@ def examine(image: BinaryIO, declared: str, limits: Limits) -> Found:
         return Found(declared, length)
     size = KINDS[declared](image, length)
     _check_size("disk", size, limits)
+    if size % _SECTOR:
+        # Some drivers of QEMU round down, others up.
+        raise Refusal(f"its disk has {size} bytes, which are no whole sectors")
     return Found(declared, size)
 
 
 # Private
 
+_SECTOR = 512
 _FINE = 4096
 """Bytes that are handed on at a time: oslo.utils loses what spans too much at once."""
 _FINE_PART = 16 * MiB

@@ -6,9 +6,8 @@ reads the descriptor as far as the header says that it goes. QEMU reads on, take
 parent from it, and takes the descriptor's extents when the header has no capacity.
 """
 
-import os
 import struct
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from virtmigrate.door.excerpt import at
 from virtmigrate.door.terms import Refusal
@@ -24,8 +23,27 @@ _FOOTER = 3 * _SECTOR
 """Bytes at the end: a marker, the footer, a marker."""
 _AT_END = (1 << 64) - 1
 _NO_PARENT = b"ffffffff"
-_TABLES = 64 << 20
-"""Bytes of grain directory that QEMU may be made to read; 16 TiB need as many."""
+_LARGEST_GRAIN = 1 << 21
+_ENTRIES = 512
+_DIRECTORY = 64 << 20
+"""Bytes that QEMU may be made to read; 64 KiB to a grain, they suffice for 512 TiB."""
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    version: int
+    flags: int
+    capacity: int
+    """This and the next three in sectors."""
+    grain: int
+    descriptor: int
+    descriptor_length: int
+    entries: int
+    """Grains in a table."""
+    backup_directory: int
+    """This and the next two in sectors."""
+    directory: int
+    overhead: int
 
 
 def virtual_size(image: BinaryIO, length: int) -> int:
@@ -37,27 +55,27 @@ def virtual_size(image: BinaryIO, length: int) -> int:
     Raises Refusal.
     """
     header = _header(at(image, 0, _HEADER.size))
-    _check_parent(image, header[6] * _SECTOR, length)
-    if header[9] == _AT_END:
+    _check_parent(image, header.descriptor_length * _SECTOR, length)
+    if header.directory == _AT_END:
         # The footer takes the header's place, in all that it says.
         footer = _header(at(image, max(length - _FOOTER, 0) + _SECTOR, _HEADER.size))
-        if footer[3:8] != header[3:8]:
+        if footer[:8] != header[:8]:
             raise Refusal("has a footer that says something else than its header")
         header = footer
-    _check_tables(header, length)
-    return header[3] * _SECTOR
+    _check_directory(header, length)
+    return header.capacity * _SECTOR
 
 
 # Private
 
 
-def _header(data: bytes) -> tuple[int, ...]:
-    magic, *fields = _HEADER.unpack(data)
-    if magic != b"KDMV":
+def _header(data: bytes) -> _Header:
+    header = _Header(*_HEADER.unpack(data))
+    if header.magic != b"KDMV":
         raise Refusal("is no single file of VMDK: it would name others")
-    if not fields[2]:
+    if not header.capacity:
         raise Refusal("has no capacity in its header: its descriptor would name files")
-    return (0, *fields)
+    return header
 
 
 def _check_parent(image: BinaryIO, said: int, length: int) -> None:
@@ -70,12 +88,13 @@ def _check_parent(image: BinaryIO, said: int, length: int) -> None:
         raise Refusal("has a parent")
 
 
-def _check_tables(header: tuple[int, ...], length: int) -> None:
-    _, _, _, capacity, grain, _, _, entries, _, directory, _ = header
-    if not 0 < grain <= 1 << 21 or not 0 < entries <= 512:
-        raise Refusal(f"has grains of {grain} sectors, {entries} in a table")
-    size = -(-capacity // (grain * entries)) * 4
-    if size > _TABLES or directory * _SECTOR + size > length + os.sysconf(
-        "SC_PAGESIZE"
-    ):
-        raise Refusal(f"claims a grain directory of {size} bytes that is not there")
+def _check_directory(header: _Header, length: int) -> None:
+    if not 0 < header.grain <= _LARGEST_GRAIN or not 0 < header.entries <= _ENTRIES:
+        raise Refusal(
+            f"has {header.entries} grains of {header.grain} sectors in a table"
+        )
+    size = -(-header.capacity // (header.grain * header.entries)) * 4
+    if size > _DIRECTORY:
+        raise Refusal(f"claims a grain directory of {size} bytes")
+    if header.directory * _SECTOR + size > length:
+        raise Refusal("ends before its grain directory does: it is cut short")
