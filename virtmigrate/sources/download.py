@@ -104,6 +104,8 @@ class Download:
             headers["Range"] = f"bytes={self._position}-"
         check()
         with self._asked(headers) as response:
+            if self._is_all(response):
+                return
             skip = self._offset(response)
             for data in _pieces(response, self._terms.timeout):
                 check()
@@ -119,21 +121,22 @@ class Download:
         except BROKEN as e:
             raise broken(e) from None
 
+    def _is_all(self, response: requests.Response) -> bool:
+        """Tell whether nothing is left: it broke right at the end."""
+        if response.status_code != requests.codes.requested_range_not_satisfiable:
+            return False
+        return response.headers.get("Content-Range") == f"bytes */{self._position}"
+
     def _offset(self, response: requests.Response) -> int:
         """Return how many bytes of the answer are known already."""
         if response.status_code == requests.codes.ok:
             return self._position
         if response.status_code != requests.codes.partial_content:
-            self._fail(response.status_code)
+            fail(response.status_code, self._origin)
         found = _RANGE.match(response.headers.get("Content-Range", ""))
         if not found or int(found[1]) != self._position:
             raise self._unavailable("it sent another part than was asked for")
         return 0
-
-    def _fail(self, status: int) -> NoReturn:
-        if status in _PASSING:
-            raise Passing(f"it answered {status}")
-        raise self._unavailable(f"it answered {status}")
 
     def _unavailable(self, reason: str) -> errors.ImageUnavailable:
         return errors.ImageUnavailable(image=self._origin, reason=reason)
@@ -175,6 +178,19 @@ def broken(error: BaseException) -> Passing:
     if cause is not None:
         return Passing(f"its certificate is refused: {cause.verify_message}")
     return Passing(f"the connection failed ({type(error).__name__})")
+
+
+def require_ok(response: requests.Response, origin: str) -> None:
+    """Raise Passing or ImageUnavailable for an answer that is none."""
+    if response.status_code != requests.codes.ok:
+        fail(response.status_code, origin)
+
+
+def fail(status: int, origin: str) -> NoReturn:
+    """Raise what a status means: Passing, or ImageUnavailable."""
+    if status in _PASSING:
+        raise Passing(f"it answered {status}")
+    raise errors.ImageUnavailable(image=origin, reason=f"it answered {status}")
 
 
 # Private

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from virtmigrate import errors
 from virtmigrate.sources.base import CHUNK, Check, Checksum, Described, Write
@@ -22,7 +23,9 @@ class LocalFile:
 
     @property
     def origin(self) -> str:
-        return str(self._path)
+        if self._checksum is None:
+            return str(self._path)
+        return f"{self._path}#{self._checksum.algorithm}={self._checksum.hex}"
 
     def described(self) -> Described:
         """Return what was declared, and the size now. Raises ImageUnavailable."""
@@ -42,13 +45,12 @@ class LocalFile:
         """See Source.read(). Raises SourceChanged when the file changed meanwhile."""
         with self._opened() as file:
             before = _state(file)
-            os.lseek(file, start, os.SEEK_SET)
-            while data := self._piece(file):
+            # Not to the end: one that grows would have none.
+            for offset in range(start, before.size, CHUNK):
                 check()
-                write(data)
+                write(self._piece(file, offset, min(CHUNK, before.size - offset)))
             if _state(file) != before:
-                reason = "its size or time of change is another"
-                raise errors.SourceChanged(volume=self._path, reason=reason)
+                raise self._changed()
 
     # Private
 
@@ -65,16 +67,30 @@ class LocalFile:
         finally:
             os.close(file)
 
-    def _piece(self, file: int) -> bytes:
+    def _piece(self, file: int, offset: int, count: int) -> bytes:
         try:
-            return os.read(file, CHUNK)
+            data = os.pread(file, count, offset)
         except OSError as e:
             raise self._unavailable(e.strerror) from e
+        if len(data) < count:
+            raise self._changed()
+        return data
+
+    def _changed(self) -> errors.SourceChanged:
+        reason = "its size or time of change is another"
+        return errors.SourceChanged(volume=self._path, reason=reason)
 
     def _unavailable(self, reason: object) -> errors.ImageUnavailable:
         return errors.ImageUnavailable(image=self._path, reason=reason)
 
 
-def _state(file: int) -> tuple[int, int, int, int]:
+class _State(NamedTuple):
+    inode: int
+    size: int
+    written: int
+    changed: int
+
+
+def _state(file: int) -> _State:
     found = os.fstat(file)
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return _State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
