@@ -22,33 +22,37 @@ from virtmigrate.units import GiB, MiB
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ENTRY = MiB
 """Bytes that an image's entry may have."""
-_UNREACHED = (
-    exceptions.ConnectFailure,
-    exceptions.ConnectionError,
-    exceptions.RetriableConnectionFailure,
-)
+_UNREACHED = (exceptions.ConnectFailure, exceptions.RetriableConnectionFailure)
 
 
 class Service(Protocol):
-    """What is used of the SDK: `connection.image`."""
+    """What is used of the service's proxy."""
 
     def get(self, url: str, **options: Any) -> requests.Response:
         """Ask for a path below the service's endpoint."""
         ...
 
 
+class Connection(Protocol):
+    """A connection of openstacksdk; it looks for the service at its first use."""
+
+    @property
+    def image(self) -> Service: ...
+
+
 class GlanceImage:
     """One image of the service. Raises ImageUnavailable when the id is no UUID.
 
     Arguments:
-        service: `connection.image` of openstacksdk. Used by one thread.
+        connection: its session verifies certificates by what it was given, not by
+            image_ca_file. Used by one thread at a time.
     """
 
     def __init__(
-        self, service: Service, image_id: str, terms: download.Terms | None = None
+        self, connection: Connection, image_id: str, terms: download.Terms | None = None
     ) -> None:
         self.origin = f"glance:{image_id}"
-        self._service, self._terms = service, terms or download.Terms()
+        self._connection, self._terms = connection, terms or download.Terms()
         if not _ID.fullmatch(image_id):
             self.origin = "glance"
             raise self._unavailable("its id is no UUID")
@@ -100,7 +104,7 @@ class GlanceImage:
     def _ask(self, path: str, headers: dict[str, str]) -> requests.Response:
         timeout = self._terms.timeout
         try:
-            return self._service.get(
+            return self._connection.image.get(
                 path,
                 headers=headers,
                 stream=True,
@@ -111,6 +115,9 @@ class GlanceImage:
             )
         except _UNREACHED as e:
             raise download.broken(e) from None
+        except exceptions.DiscoveryFailure as e:
+            # All that is told of a service that does not answer at its first use.
+            raise download.Passing(str(e)) from None
         except exceptions.ClientException as e:
             raise self._unavailable(str(e)) from e
 
