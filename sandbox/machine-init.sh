@@ -36,6 +36,7 @@ while read -r path; do
 done </outside/paths
 mkdir -p /var/log/libvirt /var/lib/libvirt /var/cache/libvirt
 mount --bind /outside/log /var/log/libvirt
+mount --bind /outside/cache /var/cache/libvirt
 hostname "$name"
 
 /lib/systemd/systemd-udevd --daemon
@@ -47,10 +48,27 @@ ip link set lo up
 ip link set eth0 up
 ip address add "$address/$prefix" dev eth0
 
+cat >/etc/lvm/lvmlocal.conf <<'END'
+devices {
+    global_filter = ["a|^/dev/vdb$|", "r|.*|"]
+    obtain_device_list_from_udev = 0
+    multipath_component_detection = 0
+    md_component_detection = 0
+    fw_raid_component_detection = 0
+}
+activation {
+    monitoring = 0
+    udev_sync = 0
+    udev_rules = 0
+}
+END
 if ! vgs "$group" >/dev/null 2>&1; then
     vgcreate --yes "$group" /dev/vdb
 fi
 vgchange --activate y "$group"
+# All devices are there. From here on LVM makes the nodes itself and waits for nobody:
+# under emulation udev takes longer for a volume than LVM does.
+udevadm control --exit --timeout=20
 
 virtlogd --daemon
 libvirtd --listen --daemon

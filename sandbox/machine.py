@@ -9,9 +9,12 @@ it over virtiofs; commands are run by the guest agent.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +96,7 @@ class Machine:
         self._start_virtiofsd()
         self._start_qemu(booted)
         self._wait()
+        self._keep_capabilities(booted)
 
     def stop(self) -> None:
         """End the machine after it has written out what it has in memory."""
@@ -199,8 +203,27 @@ class Machine:
             yield ["--bind", str(path), target]
             yield ["-o", "remount,bind,ro", target]
 
+    def _keep_capabilities(self, root: rootbuild.Root) -> None:
+        """Keep what libvirt finds out about QEMU: under emulation it takes 10 s.
+
+        libvirt itself sees whether that is still true of the next machine.
+        """
+        kept, found = capabilities(root), self._share / "cache/qemu/capabilities"
+        if kept.is_dir():
+            return
+        self.run(["virsh", "-q", "-c", self.local_uri, "capabilities"], timeout=90)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
+            copy = Path(directory) / "capabilities"
+            shutil.copytree(found, copy)
+            with contextlib.suppress(OSError):
+                # Another machine was first.
+                copy.rename(kept)
+
     def _write_files(self, root: rootbuild.Root) -> None:
-        for name in ("etc/libvirt/storage/autostart", "log/qemu", "common"):
+        cache = self._share / "cache/qemu/capabilities"
+        if capabilities(root).is_dir() and not cache.exists():
+            shutil.copytree(capabilities(root), cache)
+        for name in ("cache", "etc/libvirt/storage/autostart", "log/qemu", "common"):
             (self._share / name).mkdir(parents=True, exist_ok=True)
         for path in self._trees():
             Path(f"{self._share}/tree{path}").mkdir(parents=True, exist_ok=True)
@@ -294,3 +317,8 @@ class Machine:
 def root() -> rootbuild.Root:
     """Return what machines boot from, built when its inputs changed."""
     return rootbuild.build(CACHE / "machine", CACHE / "guest")
+
+
+def capabilities(root: rootbuild.Root) -> Path:
+    """Return where machines keep what libvirt found out about QEMU."""
+    return root.disk.with_suffix(".capabilities")

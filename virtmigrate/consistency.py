@@ -179,6 +179,10 @@ class _Look:
         if volume.state is VolumeState.INCOMPLETE:
             yield from self._half_made(stored)
             return
+        if volume.state is VolumeState.DOOMED:
+            # Settling goes on with it.
+            return
+        yield from self._below(volume)
         if volume.name not in self._names(volume.pool):
             # What was listed before it was made or moved is there now.
             if not self._backend.pool(volume.pool).has(volume.name):
@@ -187,6 +191,13 @@ class _Look:
             detail = f"instance {volume.owner} is not here; {volume.size} bytes"
             yield self._found(volume.name, Kind.UNHELD, detail)
         yield from self._leftovers(stored, beside)
+
+    def _below(self, volume: model.Volume) -> Iterator[Finding]:
+        """What a volume stands on, or shares blocks with, and nobody knows."""
+        for below in filter(None, (volume.backing, volume.parent)):
+            if self._backend.volumes.find(below) is None:
+                detail = f"it stands on {below}, which has no record"
+                yield self._found(volume.name, Kind.MISSING, detail)
 
     def _is_ours(self, volume: model.Volume) -> bool:
         """Tell whether a volume is this host's: others may have the same storage."""

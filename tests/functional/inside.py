@@ -6,6 +6,7 @@
 with one backend of kind lvm. It prints the name of what it showed.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.functional import test_contract
 from tests.functional.test_contract import (
     OPERATION,
     SIZE,
     arrived,
     content,
+    fill,
     settled,
     told,
     volume,
@@ -127,12 +130,80 @@ def another_device_is_refused(backend: lvm.LvmBackend) -> None:
         link.symlink_to(right)
 
 
+def snapshots_share_blocks(backend: lvm.LvmBackend) -> None:
+    backend.capabilities = dataclasses.replace(
+        backend.capabilities, clones=terms.Clones.SNAPSHOT
+    )
+    image = test_contract.image(backend, TMP)
+    made = test_contract.clone(backend, image, "vda.1")
+    other = test_contract.clone(backend, image, "vda.2")
+    longer = test_contract.clone(backend, image, "vda.3", size=2 * SIZE)
+    assert (made.parent, longer.parent) == ("image", None)
+    assert backend.users("image") == {"vda.1", "vda.2"}
+    assert backend.disks.physical(made.name) == SIZE
+    assert shown(backend, made.name) == content()
+    assert shown(backend, longer.name) == content() + bytes(SIZE)
+    # There is room for all that can change: else LVM drops the snapshot.
+    fill(backend, made.name, PATTERN * (SIZE // MiB), TMP)
+    assert shown(backend, made.name) == PATTERN * (SIZE // MiB)
+    assert shown(backend, "image") == shown(backend, other.name) == content()
+    refused(lambda: backend.remove("image"), errors.VolumeInUse)
+    refused(lambda: backend.flatten(made.name), errors.Unsupported)
+    refused(lambda: backend.grow(made.name, 2 * SIZE), errors.StorageError)
+    refused(lambda: test_contract.clone(backend, image, "vda.1"), errors.RecordConflict)
+    aside = f"vda-r1.{OPERATION}", f"vda.{OPERATION}", SIZE
+    refused(lambda: backend.set_aside(made, *aside), errors.Unsupported)
+    # LVM would take them away with their origin, records or not.
+    for each in (made, other):
+        backend.volumes.remove(each.name)
+        refused(lambda: backend.remove("image"), errors.VolumeInUse)
+        backend.update(each)
+        backend.remove(each.name)
+        assert backend.drain(60)
+    assert shown(backend, "image") == content()
+    backend.remove("image")
+    assert backend.drain(60)
+    assert set(lvm_command("lvs", "--noheadings", "-o", "lv_name").split()) >= {"vda.3"}
+    assert "vda.1" not in backend.disks.names()
+
+
+def a_failed_snapshot_leaves_nothing(backend: lvm.LvmBackend) -> None:
+    backend.capabilities = dataclasses.replace(
+        backend.capabilities, clones=terms.Clones.SNAPSHOT
+    )
+    image = test_contract.image(backend, TMP)
+    free = lvm_command(
+        "vgs", "--noheadings", "-o", "vg_free_count", backend.group
+    ).strip()
+    lvm_command(
+        "lvcreate", "--yes", "-Wn", "-Zn", "-l", free, "-n", "all", backend.group
+    )
+    refused(
+        lambda: backend._volumes.create_snapshot("image", "vda.1"), errors.StorageError
+    )
+    lvm_command("lvremove", "--yes", f"{backend.group}/all")
+    backend.incoming.create_raw("vda.1", SIZE)
+    refused(lambda: test_contract.clone(backend, image, "vda.1"), errors.VolumeExists)
+    assert backend.volumes.names() == ["image"]
+    assert not any(shown(backend, "vda.1"))
+
+
+def refused(call: Callable[[], object], kind: type[errors.Error]) -> None:
+    try:
+        call()
+    except kind:
+        return
+    raise AssertionError(f"it was not refused as {kind.__name__}")
+
+
 SHOWN: tuple[Callable[[lvm.LvmBackend], None], ...] = (
     growing_adds_zeros,
     a_killed_growth_is_gone_on_with,
     what_is_retired_becomes_incoming,
     an_open_volume_is_not_wiped,
     another_device_is_refused,
+    snapshots_share_blocks,
+    a_failed_snapshot_leaves_nothing,
 )
 
 

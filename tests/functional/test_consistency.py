@@ -27,6 +27,7 @@ from virtmigrate.units import MiB
 
 OPERATION = "0123456789abcdef"
 NAME = f"vda.{OPERATION}"
+OTHER = f"vdb.{OPERATION}"
 OWNER = "11111111-2222-3333-4444-555555555555"
 ELSEWHERE = "elsewhere"
 
@@ -37,16 +38,19 @@ def alpha(box: sandbox.Sandbox) -> Iterator[sandbox.Host]:
     box.remove_host("cons-alpha")
 
 
-@pytest.fixture(params=["dir-ext4", "rbd", "shared_dir"])
+@pytest.fixture(params=["dir-ext4", "lvm", "rbd", "shared_dir"])
 def side(
     request: pytest.FixtureRequest,
     alpha: sandbox.Host,
     tmp_path: Path,
     cluster: Callable[[], Ceph],
+    machine: Callable[[], sandbox.Machine],
 ) -> Iterator[Side]:
-    place = places.PLACES[request.param]
-    with place(alpha, "cons", tmp_path / "a", cluster) as values:
-        made = Side(alpha, tmp_path / "a", values, f"the{request.param}")
+    kind: str = request.param
+    place, on = places.PLACES[kind], machine() if kind in places.AFAR else alpha
+    with place(on, "cons", tmp_path / "a", cluster) as values:
+        grace = places.GRACE.get(kind, 2)
+        made = Side(on, tmp_path / "a", values, f"the{kind}", grace)
         try:
             yield made
         finally:
@@ -235,6 +239,27 @@ def test_what_nobody_holds(side: Side, backend: base.Backend) -> None:
     assert found(side) == ([] if shared else [(NAME, Kind.UNHELD)])
     assert not any(repaired(side))
     assert backend.incoming.has(NAME)
+
+
+def test_a_clone_without_its_image(side: Side, backend: base.Backend) -> None:
+    for name, fields in (
+        ("image", {"role": Role.IMAGE, "owner": ""}),
+        (NAME, {"parent": "image"}),
+        (OTHER, {"backing": "image"}),
+    ):
+        usable = volume(side, backend, name=name, state=VolumeState.USABLE, **fields)
+        backend.allocate(usable)
+    assert not [each for each in found(side) if each[1] is Kind.MISSING]
+    backend.volumes.remove("image")
+    missing = [each for each in found(side) if each[1] is Kind.MISSING]
+    assert sorted(missing) == sorted([(NAME, Kind.MISSING), (OTHER, Kind.MISSING)])
+    repaired(side)
+    assert backend.volumes.find(NAME) and backend.volumes.find(OTHER)
+
+
+def test_what_is_being_wiped_is_left_alone(side: Side, backend: base.Backend) -> None:
+    backend.allocate(volume(side, backend, state=VolumeState.DOOMED))
+    assert found(side) == []
 
 
 def test_old_generations(side: Side, backend: base.Backend, tmp_path: Path) -> None:
