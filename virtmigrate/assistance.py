@@ -130,6 +130,12 @@ class Assistance:
             return None
 
 
+def without_holds(transfer: model.Transfer) -> model.Transfer:
+    """Return a transfer whose images are all sent along."""
+    volumes = tuple(_standing_on(volume, {}) for volume in transfer.volumes)
+    return msgspec.structs.replace(transfer, volumes=volumes)
+
+
 # Private
 
 

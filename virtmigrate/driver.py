@@ -22,6 +22,7 @@ from virtmigrate import (
     inventory,
     mapping,
     node,
+    ownhost,
     periodic,
     receiver,
     spawning,
@@ -395,7 +396,9 @@ class VirtMigrateDriver:
         return self._source.open_operations()
 
     def peer(self, dest: str) -> Peer:
-        """Return a host that instances can be moved to."""
+        """Return a host that instances can be moved to; also this one."""
+        if dest == self.node.name:
+            return ownhost.OwnHost(self.node)
         if dest not in self._peers:
             insecure = dest in self.node.options.allow_insecure_peers
             host = Host(

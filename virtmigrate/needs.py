@@ -22,11 +22,15 @@ class Needs(model.Struct, frozen=True):
     """A named model; None when any CPU of the host will do."""
 
 
-def demand(host: Host, needed: Needs) -> None:
-    """Raise HostError unless a host can run such a domain and has its name free."""
+def demand(host: Host, needed: Needs, *, is_there: bool = False) -> None:
+    """Raise HostError unless a host can run such a domain and has its name free.
+
+    Arguments:
+        is_there: the domain itself is on that host now.
+    """
     with host.session("asking what it can run") as session:
         conn = session.conn
-        _demand_free(host, conn, needed)
+        _demand_free(host, conn, needed, is_there)
         text = conn.getDomainCapabilities(
             None, needed.arch, needed.machine, needed.virt_type, 0
         )
@@ -39,8 +43,12 @@ def demand(host: Host, needed: Needs) -> None:
 # Private
 
 
-def _demand_free(host: Host, conn: "libvirt.virConnect", needed: Needs) -> None:
+def _demand_free(
+    host: Host, conn: "libvirt.virConnect", needed: Needs, is_there: bool
+) -> None:
     for domain in conn.listAllDomains(0):
+        if is_there and needed.uuid == domain.UUIDString():
+            continue
         if needed.uuid == domain.UUIDString() or needed.name == domain.name():
             raise errors.HostError(
                 host=host.name,

@@ -220,8 +220,7 @@ class Peer:
     ) -> Manifest:
         """Return the manifest of an incoming volume, unknown where it was not read.
 
-        The peer's receiver reads it; if there is none, it is read back over the
-        network. Raises ShortTransfer, HostError.
+        Raises ShortTransfer, HostError.
         """
         size = reservation.sent_size(volume)
         sample = SAMPLE if proof is Proof.SAMPLED else 0
@@ -232,14 +231,7 @@ class Peer:
             sample=sample,
             seed=secrets.token_hex(16),
         )
-        try:
-            found = mover.persist(lambda: self._help(operation).verify(wanted, mover))
-        except (errors.ReceiverSilent, errors.RequestRefused) as e:
-            if card.pieces:
-                # libvirt cannot read it.
-                raise
-            LOG.warning("operation=%s %s: read back over the network", operation, e)
-            found = self._read_back(card, wanted, mover)
+        found = self._surveyed(operation, card, wanted, mover)
         mover.account.add(verified=found.known())
         return found
 
@@ -315,6 +307,23 @@ class Peer:
             found = self._helps[operation] = assistance.Assistance(asker)
         return found
 
+    def _surveyed(
+        self,
+        operation: str,
+        card: model.BackendCard,
+        wanted: Request,
+        mover: stream.Mover,
+    ) -> Manifest:
+        """Let the peer's receiver read an incoming volume; or read it back."""
+        try:
+            return mover.persist(lambda: self._help(operation).verify(wanted, mover))
+        except (errors.ReceiverSilent, errors.RequestRefused) as e:
+            if card.pieces:
+                # libvirt cannot read it.
+                raise
+            LOG.warning("operation=%s %s: read back over the network", operation, e)
+            return self._read_back(card, wanted, mover)
+
     def _read_back(
         self, card: model.BackendCard, wanted: Request, mover: stream.Mover
     ) -> Manifest:
@@ -324,11 +333,7 @@ class Peer:
                 volume=wanted.volume, host=self.name, reason="the copy has another size"
             )
         source = reading.VolumeSource(pool, wanted.volume, wanted.size)
-        blocks = None
-        if wanted.sample:
-            count = Manifest(wanted.size).count
-            blocks = request.sampled(count, wanted.sample, wanted.seed)
-        return mover.survey(source, blocks, waits=account.PEER)
+        return mover.survey(source, blocks_of(wanted), waits=account.PEER)
 
     def _incoming(self, card: model.BackendCard) -> storagepool.Pool:
         return self._pool(
@@ -364,6 +369,14 @@ def agree(card: model.HostCard) -> None:
                 reason=f"release {card.release} reads {what} of versions "
                 f"{list(theirs)}, and this one writes {list(ours)}",
             )
+
+
+def blocks_of(wanted: Request) -> list[int] | None:
+    """Return the blocks that a proof is to read; None for all."""
+    if not wanted.sample:
+        return None
+    count = Manifest(wanted.size).count
+    return request.sampled(count, wanted.sample, wanted.seed)
 
 
 # Private

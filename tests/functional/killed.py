@@ -70,6 +70,10 @@ class Killer:
 
 
 def driver(settings: dict[str, Any]) -> VirtMigrateDriver:
+    if "config" in settings:
+        made = VirtMigrateDriver(conf=options.load(Path(settings["config"])))
+        made.init_host(settings["values"]["address"])
+        return made
     conf = cfg.ConfigOpts()
     conf(args=[], default_config_files=[])
     options.register(conf)
@@ -84,7 +88,8 @@ def driver(settings: dict[str, Any]) -> VirtMigrateDriver:
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    source, peer = driver(plan["a"]), driver(plan["b"])
+    source = driver(plan["a"])
+    peer = source if plan["b"] == plan["a"] else driver(plan["b"])
     guest = types.SimpleNamespace(uuid=plan["instance"], name="guest")
     flavor = types.SimpleNamespace(**plan["flavor"])
     killer = Killer(plan["point"])

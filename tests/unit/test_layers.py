@@ -59,6 +59,7 @@ FLOORS = {
     "inventory": 4,
     "needs": 3,
     "peer": 5,
+    "ownhost": 5,
     "pieces": 4,
     "placement": 5,
     # What a source asks of a peer, and who answers it there.

@@ -69,6 +69,8 @@ class Session:
 
         Raises HostError, ConfigurationError.
         """
+        if dest == here.node.name:
+            return halves.Driven(here)
         conf = peer_conf(self._files, self.conf, dest)
         card = _demand_alike(conf, dest)
         if card is not None and card.accepts_moves:

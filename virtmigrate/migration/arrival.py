@@ -163,10 +163,12 @@ class Arrival:
     def _gives_way(self, found: model.Instance) -> bool:
         """Tell whether a record may be replaced by the note of this arrival.
 
-        Where hosts share their records, what the source wrote for this move does.
+        Where hosts share their records, what the source wrote for this move does; and
+        what this host wrote, if it gave the instance to itself.
         """
         if found.host == self._here.name:
-            return found.state is InstanceState.GONE
+            is_free = found.state is InstanceState.GONE
+            return is_free or gave_to_itself(found, self._transfer.operation)
         away = found.state is InstanceState.AWAY
         return away and found.operation == self._transfer.operation
 
@@ -305,6 +307,16 @@ class Arrival:
         """Return the volume that the disk of this target is, by our own record."""
         found = [ref.volume for ref in noted.disks if ref.target == volume.target]
         return found[0] if found else ""
+
+
+def gave_to_itself(own: model.Instance, operation: str) -> bool:
+    """Tell whether a host gave an instance up to itself, and has not taken it yet.
+
+    By its own record: what is away at another host does not come back because a
+    transfer in its mailbox, where peers may write, says so.
+    """
+    given = own.operation, own.state, own.peer
+    return given == (operation, InstanceState.AWAY, own.host)
 
 
 def _make_durable(backend: base.Backend, volume: model.Volume) -> bool:

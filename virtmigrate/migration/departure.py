@@ -262,6 +262,7 @@ class Departure:
         if (
             stored
             and stored.body.operation == self.journal.operation
+            and stored.body.state is InstanceState.AWAY
             and (stored.body.host == self._here.name)
         ):
             self._here.instances.remove(self._original.uuid)

@@ -73,6 +73,7 @@ class _Chooser:
             seen is not None
             and ref.target != NVRAM
             and self._lies_in(ref, backend)
+            and _is_kept(ref, backend)
             and (_is_file(ref) or self._wanted.fits(seen.name, seen.traits))
         ):
             return Landing(seen, shared=True)
@@ -169,6 +170,12 @@ class _Chooser:
 
 def _is_file(ref: model.DiskRef) -> bool:
     return ref.role in (Role.NVRAM, Role.CONFIG)
+
+
+def _is_kept(ref: model.DiskRef, backend: base.Backend) -> bool:
+    """Tell whether a disk stays what it is, in its place, until the confirm."""
+    can = backend.capabilities
+    return ref.role is Role.CONFIG or can.overlays or can.snapshots
 
 
 def _unreadable(ref: model.DiskRef, backend: base.Backend) -> str | None:

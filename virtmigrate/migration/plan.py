@@ -258,11 +258,6 @@ class _Planner:
         top, can = backend.chain(ref.volume)[0], backend.capabilities
         changes = ref.role is not Role.CONFIG
         frozen = changes and can.overlays
-        if changes and not (can.overlays or can.snapshots):
-            raise self._refuse(
-                f"backend {backend.name} is shared and cannot keep {ref.target} as "
-                "it is until the move is confirmed"
-            )
         return model.TransferVolume(
             name=f"{ref.target}.{self._operation}" if frozen else top.name,
             backend=card.name,

@@ -15,7 +15,12 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, errors, model, node, peer, record
 from virtmigrate.instance import Power
 from virtmigrate.migration import ticket
-from virtmigrate.migration.arrival import RUNS_HERE, Arrival, complete
+from virtmigrate.migration.arrival import (
+    RUNS_HERE,
+    Arrival,
+    complete,
+    gave_to_itself,
+)
 from virtmigrate.model import InstanceState, TransferState
 from virtmigrate.request import Verb
 
@@ -128,7 +133,8 @@ class Target:
         or given back and not said so yet: then there is no domain.
         """
         own = self._here.own_record(transfer.instance)
-        if own is None or own.state is InstanceState.GONE:
+        untaken = own is not None and gave_to_itself(own, transfer.operation)
+        if own is None or own.state is InstanceState.GONE or untaken:
             return not self._here.domains.exists(transfer.instance)
         return self._has_arrived(transfer)
 
