@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import sandbox
-from tests.functional import inside, places, test_contract
+from tests.functional import inside, places, sides, test_contract
 from tests.functional.sides import Kinds, Side
 from virtmigrate import errors
 from virtmigrate.backends import lvm
@@ -211,6 +211,45 @@ def test_moved_from_a_group_and_reverted(kinds: Kinds, tmp_path: Path) -> None:
     kinds.a.driver.destroy(None, instance, None)
     kinds.b.driver.finish_revert_migration(None, instance)
     assert kinds.b.state_of(instance) == "running"
+    assert kinds.b.root(instance) == before
+    kinds.b.driver.destroy(None, instance, None)
+    assert nothing_stays(kinds)
+
+
+def test_layers_become_one_logical_volume(
+    kinds: Kinds, machine: Callable[[], sandbox.Machine]
+) -> None:
+    instance = kinds.spawn(Kinds.flavor_of("thedir"))
+    size = sides.SIZE + 8 * MiB
+    sides.put_layer(kinds.a, instance, size, f"write -P 17 {sides.SIZE} {MiB}")
+    before = kinds.a.root(instance)
+    kinds.move(instance)
+    assert kinds.b.root(instance) == before
+    settle_inside(kinds, machine())
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    assert not [name for name in kinds.a.volumes() if "vda" in name]
+    kinds.b.driver.settle()
+    kinds.b.driver.destroy(None, instance, None)
+    assert nothing_stays(kinds)
+
+
+def test_resized_within_the_group(
+    kinds: Kinds, machine: Callable[[], sandbox.Machine], tmp_path: Path
+) -> None:
+    """A group keeps no states: the disk is copied beside itself."""
+    there = Kinds(kinds.b, kinds.b, tmp_path)
+    instance = there.spawn()
+    before, volume = kinds.b.root(instance), kinds.b.disk(instance)[1]
+    there.move(instance, memory_mb=80)
+    assert kinds.b.disk(instance)[1].name != volume.name
+    assert kinds.b.root(instance) == before
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.b.driver.finish_revert_migration(None, instance)
+    assert kinds.b.disk(instance)[1] == volume
+    assert kinds.b.root(instance) == before
+    there.move(instance, memory_mb=80)
+    settle_inside(kinds, machine())
+    kinds.b.driver.confirm_migration(None, None, instance, None)
     assert kinds.b.root(instance) == before
     kinds.b.driver.destroy(None, instance, None)
     assert nothing_stays(kinds)
