@@ -70,10 +70,7 @@ def image(conf: cfg.ConfigOpts, context: Any, image_meta: Any) -> Path | sources
         return sources.WebFile(
             str(url), fmt, proof, sources.Terms.configured(conf), least
         )
-    raise errors.ImageUnavailable(
-        image=uuid or url or "-",
-        reason="it has neither a path nor a url and a checksum",
-    )
+    return sources.service_image(conf, str(uuid or url or "-"))
 
 
 def named_image(

@@ -10,17 +10,16 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import openstack
 import pytest
 import trustme
 
 from tests.unit.webserver import Fault, Site, serving
-from virtmigrate import errors, sources
+from virtmigrate import conf, errors, mapping, sources
+from virtmigrate.sources import glance
 from virtmigrate.units import GiB
-
-openstack = pytest.importorskip("openstack", reason="the extra glance is not installed")
-glance = pytest.importorskip("virtmigrate.sources.glance")
 
 ID = "2e4b6dca-9700-4715-b81d-4463cd7038de"
 DATA = b"".join(b"%d\n" % number for number in range(300_000))
@@ -98,6 +97,26 @@ def test_image_is_fetched(service: Service) -> None:
     source = service.image()
     assert received(source) == DATA
     assert source.origin == f"glance:{ID}"
+
+
+def test_the_service_of_the_configuration(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id alone is the service's, which clouds.yaml says how to reach."""
+    clouds = tmp_path / "clouds.yaml"
+    clouds.write_text(
+        "clouds:\n  here:\n    auth_type: none\n"
+        f"    image_endpoint_override: {service.url}\n    cacert: {service.ca_file}\n"
+    )
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(clouds))
+    made = conf.load()
+    with pytest.raises(errors.ImageUnavailable, match="image_service_cloud"):
+        mapping.named_image(made, ID)
+    made.set_override("image_service_cloud", "nowhere", "virtmigrate")
+    with pytest.raises(errors.ConfigurationError, match="nowhere"):
+        mapping.named_image(made, ID)
+    made.set_override("image_service_cloud", "here", "virtmigrate")
+    assert received(mapping.named_image(made, ID)) == DATA
 
 
 def test_what_is_said(service: Service) -> None:
@@ -215,7 +234,7 @@ def test_format_is_the_doors_to_judge(service: Service) -> None:
 @pytest.mark.parametrize("name", ["", "../" + ID, ID.upper(), f"{ID}/file", f"{ID}\n"])
 def test_id_that_is_none(service: Service, name: str) -> None:
     with pytest.raises(errors.ImageUnavailable, match="its id is no UUID"):
-        glance.GlanceImage(object(), name)
+        glance.GlanceImage(cast(Any, None), name)
 
 
 def test_untrusted_certificate(service: Service, tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ image_opts = [
         help="Seconds that the conversion of an image may take, by the clock and of "
         "processor time.",
     ),
+    cfg.StrOpt(
+        "image_service_cloud",
+        help="The cloud of clouds.yaml whose image service has the images that are "
+        "named by an id alone. Needs the extra `glance`.",
+    ),
     cfg.FloatOpt(
         "image_source_timeout",
         default=30.0,
