@@ -3,8 +3,8 @@
 
 How a request is made is the caller's; here is what becomes of its answer. An attempt
 that brought new bytes starts the time for retries anew. Bytes that were handed on are
-never asked for again, so the answer to a request for the rest must be the rest, of the
-same version: a server that sends all again, or something else, ends it.
+not handed on again: the rest is asked for, and where a server sends all again, what is
+known is passed over. That both are of one version, the digest tells in the end.
 """
 
 import re

@@ -23,9 +23,7 @@ class LocalFile:
 
     @property
     def origin(self) -> str:
-        if self._checksum is None:
-            return str(self._path)
-        return f"{self._path}#{self._checksum.algorithm}={self._checksum.hex}"
+        return str(self._path)
 
     def described(self) -> Described:
         """Return what was declared, and the size now. Raises ImageUnavailable."""
