@@ -259,6 +259,12 @@ parentCID=ffffffff
 createType="monolithicFlat"
 RW 8 FLAT "/etc/passwd" 0
 """
+TWO_TYPES = b"""# Disk DescriptorFile
+parentCID=ffffffff
+createtype="monolithicSparse"
+createType="monolithicFlat"
+RW 8 FLAT "passwd" 0
+"""
 HINT = b'parentFileNameHint="/etc/passwd"'
 
 VMDK = [
@@ -271,12 +277,18 @@ VMDK = [
     ),
     Hostile("foreign extents", "vmdk", said(b'RW 8 FLAT "/etc/passwd" 0'), "extent"),
     Hostile("no capacity", "vmdk", at(12, "<Q", 0), "no capacity"),
+    Hostile(
+        "two types, and an extent beside it",
+        "vmdk",
+        all_of(at(12, "<Q", 0), at(512, f"{20 * 512}s", TWO_TYPES)),
+        "no capacity",
+    ),
     Hostile("parent", "vmdk", said(HINT), "names a parent"),
     Hostile(
         "parent behind the descriptor",
         "vmdk",
-        # One sector more is said to be the descriptor: QEMU reads on.
-        all_of(at(36, "<Q", 1), at(1200, f"{len(HINT)}s", HINT)),
+        # It is said to end before the name does; QEMU reads on.
+        all_of(said(b"\n" * 500 + HINT), at(36, "<Q", 1)),
         "names a parent",
     ),
     Hostile(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a VMDK image may say of itself.
 
-One file that begins with its header: monolithicSparse and streamOptimized. oslo.utils
-reads the descriptor as far as the header says that it goes. QEMU reads on, takes a
-parent from it, and takes the descriptor's extents when the header has no capacity.
+One file that begins with its header: monolithicSparse and streamOptimized. Without a
+capacity in the header QEMU takes the extents from the descriptor; and it takes a parent
+from that, however long the header says that it is.
 """
 
 import struct
