@@ -26,6 +26,7 @@ from virtmigrate import (
     periodic,
     receiver,
     spawning,
+    takeover,
 )
 from virtmigrate.host import Host
 from virtmigrate.instance import Info
@@ -102,7 +103,8 @@ class VirtMigrateDriver:
         Called at the start and every `settle_interval` seconds: peers come back,
         and debts are paid.
         """
-        left = [*self.node.sweep(), *self.images.tend()]
+        left = [*self.node.sweep(), *takeover.stop_lost(self.node)]
+        left += self.images.tend()
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
@@ -227,8 +229,7 @@ class VirtMigrateDriver:
     ) -> None:
         """Start it; NotEntitled when this host has not the right to."""
         with self.node.claimed(instance.uuid):
-            self.node.entitled(instance.uuid)
-            self.node.domains.start(instance.uuid)
+            self.node.start(instance.uuid)
 
     def power_off(
         self, instance: Any, timeout: int = 0, retry_interval: int = 0, **_: object
@@ -257,7 +258,7 @@ class VirtMigrateDriver:
                     uuid, wait.shutdown_timeout, wait.shutdown_retry_interval
                 )
             self.node.domains.kill(uuid)
-            self.node.domains.start(uuid)
+            self.node.start(uuid)
 
     def pause(self, instance: Any, **_: object) -> None:
         with self.node.claimed(instance.uuid):
@@ -386,6 +387,17 @@ class VirtMigrateDriver:
         counts only where the peer cannot be asked.
         """
         self._source.revert(instance.uuid, power_on=power_on, peer_is_lost=peer_is_lost)
+
+    def take_over(
+        self, uuid: str, *, power_on: bool = True, host_is_down: bool = False
+    ) -> None:
+        """Take an instance from a host that is down, where its disks are seen here.
+
+        That host is fenced first: by the storage, or else by an operator's word
+        (`host_is_down`) that it has stopped for certain. Raises TakeOverRefused:
+        nothing was changed.
+        """
+        takeover.run(self.node, uuid, power_on=power_on, host_is_down=host_is_down)
 
     def write_off(self, operation: str, *, peer_is_lost: bool = False) -> None:
         """Forget a debt at a peer; MigrationError for anything more than that."""

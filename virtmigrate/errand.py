@@ -18,6 +18,7 @@ import blake3
 from oslo_log import log as logging
 
 from virtmigrate import (
+    card,
     errors,
     manifest,
     model,
@@ -291,7 +292,7 @@ class Errands:
         # The source says how much it lacks; this host knows better.
         backend, box = errand.backend, self._here.mailbox
         room = reservation.Room(
-            box, node.card_of(backend, self._here.files), backend.incoming
+            box, card.of(backend, self._here.files), backend.incoming
         )
         wanted = min(errand.request.size, room.missing(errand.transfer))
 

@@ -31,6 +31,8 @@
     │   ├── InstanceNotFound, InstanceExists, InstanceBusy
     │   ├── InvalidState
     │   ├── NotEntitled
+    │   │   └── HeldElsewhere
+    │   ├── TakeOverRefused
     │   └── OwnedElsewhere
     ├── TransferError
     │   ├── ShortTransfer, SourceChanged, SourceUnreadable
@@ -298,6 +300,18 @@ class NotEntitled(InstanceError):
         "host {host} has no right to run instance {instance}: {reason}. Starting it "
         "here could make two of it, so it was not started"
     )
+
+
+class HeldElsewhere(NotEntitled):
+    msg = (
+        "host {host} may not run instance {instance}: its disks in backend {backend} "
+        "are {holder}'s. It was not started. Stop it there, or move it; if {holder} "
+        "is down for good: `virtmigrate instance take-over {instance}`"
+    )
+
+
+class TakeOverRefused(InstanceError):
+    msg = "taking instance {instance} over to {host} is refused: {reason}"
 
 
 class OwnedElsewhere(InstanceError):

@@ -125,6 +125,13 @@ class Domains:
         with self._domain(uuid, "asking for autostart") as domain:
             return bool(domain.autostart())
 
+    def forbid_autostart(self, uuid: str) -> None:
+        """Have libvirt not start it with the host."""
+        with self._domain(uuid, "switching autostart off") as domain:
+            if domain.autostart():
+                domain.setAutostart(0)
+                LOG.info("instance=%s libvirt does not start it any more", uuid)
+
     def define(self, xml: str, *, autostart: bool = False) -> None:
         """Define the domain, or replace its configuration."""
         with self.host.session("defining a domain") as session:

@@ -226,6 +226,23 @@ class Instance(Struct, frozen=True):
     autostart: bool = False
 
 
+class Tenure(Struct, frozen=True):
+    """Who may run an instance; beside those of its disks that several hosts see.
+
+    It never ends by itself: a host that nobody reaches may still be writing.
+    """
+
+    host: str
+    """Who may run it."""
+    record: Instance
+    """The instance as that host has it, with the whole XML."""
+    peer: str | None = None
+    """Who may take it, by a move that goes on: `host` has stopped it for that."""
+    clients: tuple[str, ...] | None = ()
+    """What the storage calls those that have the disks open since it was started; None
+    while it is being started, and where the storage has no names for them."""
+
+
 class TransferVolume(Struct, frozen=True):
     """One volume on its way."""
 

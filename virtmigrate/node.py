@@ -15,6 +15,7 @@ from virtmigrate import (
     __version__,
     account,
     backends,
+    card,
     errors,
     instance,
     limit,
@@ -24,7 +25,7 @@ from virtmigrate import (
     record,
     storagepool,
     stream,
-    xml,
+    tenure,
 )
 from virtmigrate import conf as options
 from virtmigrate.backends import base
@@ -108,6 +109,7 @@ class Node:
         """Backends whose storage did not answer, and what was said."""
         self.files = self._file_backend()
         self.domains = instance.Domains(self.host)
+        self.tenures = tenure.Tenures(self.backends, self.name)
         self.mailbox = mailbox(
             self.host,
             self.options.record_grace,
@@ -241,7 +243,21 @@ class Node:
                 reason=f"its record says {found.state.value} on {found.host}, "
                 f"peer {found.peer}, operation {found.operation}",
             )
+        self.tenures.demand(found)
         return found
+
+    def start(self, uuid: str, *, paused: bool = False) -> None:
+        """Start an instance; nothing happens when it runs.
+
+        Raises NotEntitled, RecordMissing: it was not started. Nothing else starts one.
+        """
+        with self._starting(uuid):
+            self.domains.start(uuid, paused=paused)
+
+    def restore(self, uuid: str, path: str) -> None:
+        """Start an instance from a file of its memory, paused; raises as start()."""
+        with self._starting(uuid):
+            self.domains.restore_from(path)
 
     def note_confirmed(self, uuid: str) -> None:
         """Note that an instance stays here, if the source of its move confirmed."""
@@ -277,7 +293,8 @@ class Node:
         """Remove an instance's volumes and its record; can be called again.
 
         Only with a record that it is here, and only volumes whose records name it
-        as their owner. Without a record, what it retired here when it moved away.
+        as their owner; none that another host has taken over. Without a record, what it
+        retired here when it moved away.
         """
         stored = self.instances.find(uuid)
         here = model.InstanceState.HERE
@@ -292,6 +309,7 @@ class Node:
             # One that is down keeps what it may have only of those that name it.
             if backend.name not in self.down or backend.name in used or not used:
                 self._remove_volumes(backend, uuid)
+        self.tenures.drop(uuid)
         self.instances.remove(uuid)
 
     def backend(self, name: str) -> base.Backend:
@@ -303,6 +321,23 @@ class Node:
         return self.backends[name]
 
     # Private
+
+    @contextlib.contextmanager
+    def _starting(self, uuid: str) -> Iterator[None]:
+        """Have the right to start an instance; what lost it meanwhile is stopped."""
+        found = self.entitled(uuid)
+        if not self.tenures.concern(found):
+            yield
+            return
+        # libvirt would start it with the host, and ask nobody.
+        self.domains.forbid_autostart(uuid)
+        with_xml = msgspec.structs.replace(found, domain_xml=self.domains.xml(uuid))
+        try:
+            with self.tenures.starting(with_xml):
+                yield
+        except errors.HeldElsewhere:
+            self.domains.kill(uuid)
+            raise
 
     def _ensure(self, backend: base.Backend) -> bool:
         """Have a backend's pools; False, and a line in the log, when it is down."""
@@ -317,8 +352,11 @@ class Node:
             LOG.info("host=%s backend=%s is back", self.name, backend.name)
         return True
 
-    @staticmethod
-    def _remove_volumes(backend: base.Backend, uuid: str) -> None:
+    def _remove_volumes(self, backend: base.Backend, uuid: str) -> None:
+        holder = self.tenures.holder(backend, uuid)
+        if holder is not None:
+            LOG.warning("instance=%s is %s's now: its volumes stay", uuid, holder)
+            return
         for name in backend.volumes.names():
             found = backend.volumes.find(name)
             if found is not None and found.body.owner == uuid:
@@ -341,21 +379,21 @@ class Node:
 
     def _publish_card(self) -> None:
         with self.host.session("asking for its UUID") as session:
-            uuid = _host_uuid(session.conn.getCapabilities())
-        card = model.HostCard(
+            uuid = card.host_uuid(session.conn.getCapabilities())
+        ours = model.HostCard(
             host=self.name,
             uuid=uuid,
             release=__version__,
             records=record.READS,
             manifests=manifest.READS,
             tickets=TICKETS,
-            backends=tuple(card_of(backend, self.files) for backend in self.up()),
+            backends=tuple(card.of(backend, self.files) for backend in self.up()),
             accepts_moves=self.options.accept_moves,
         )
         stored = self.mailbox.cards.find(CARD)
-        if stored is None or stored.body != card:
+        if stored is None or stored.body != ours:
             after = stored.generation if stored else 0
-            self.mailbox.cards.publish(CARD, card, after=after)
+            self.mailbox.cards.publish(CARD, ours, after=after)
             self.mailbox.cards.prune(CARD)
 
 
@@ -363,30 +401,3 @@ def timeouts(conf: cfg.ConfigOpts) -> Timeouts:
     """Return the waits for a host's answers."""
     group = conf[options.GROUP]
     return Timeouts(connect=group.connect_timeout, call=group.call_timeout)
-
-
-def _host_uuid(capabilities: str) -> str:
-    return xml.parse(capabilities).findtext("host/uuid") or ""
-
-
-def card_of(backend: base.Backend, files: base.Backend) -> model.BackendCard:
-    """Return what peers are told of a backend.
-
-    Arguments:
-        files: the host's backend for files.
-    """
-    return model.BackendCard(
-        name=backend.name,
-        kind=backend.kind,
-        disks=backend.disks.name,
-        incoming=backend.incoming.name,
-        records=backend.records,
-        formats=backend.capabilities.formats,
-        files=backend.capabilities.files,
-        thick=backend.capabilities.thick,
-        preallocates=backend.preallocates,
-        granularity=backend.granularity(),
-        pieces="" if backend.capabilities.streams else files.incoming.name,
-        reserved=backend.settings.reserved,
-        traits=backend.settings.traits,
-    )

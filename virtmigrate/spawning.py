@@ -78,7 +78,7 @@ class Spawner:
             with Rollback() as undo:
                 self._build(wanted, undo)
                 if power_on:
-                    self._here.domains.start(wanted.uuid)
+                    self._here.start(wanted.uuid)
                 undo.commit()
             LOG.info("instance=%s made on %s", wanted.uuid, self._here.name)
 
@@ -105,6 +105,7 @@ class Spawner:
         self._here.domains.define(domainxml.build(self._domain(wanted, record)))
 
     def _forget(self, uuid: str) -> None:
+        self._here.tenures.drop(uuid)
         self._here.instances.remove(uuid)
 
     def _undefine(self, uuid: str) -> None:

@@ -33,7 +33,9 @@ class Run:
         for volume in reversed(volumes):
             self._record(volume)
         self._define()
-        self._here.publish_instance(self._instance())
+        made = self._instance()
+        self._hold(made)
+        self._here.publish_instance(made)
         return dataclasses.replace(self._planned, volumes=volumes)
 
     def _measured(self) -> tuple[Planned, ...]:
@@ -102,6 +104,16 @@ class Run:
                     domainxml.METADATA_URI,
                     libvirt.VIR_DOMAIN_AFFECT_LIVE,
                 )
+
+    def _hold(self, made: model.Instance) -> None:
+        """Keep other hosts that see its disks from starting it."""
+        domains, tenures = self._here.domains, self._here.tenures
+        if tenures.concern(made):
+            domains.forbid_autostart(made.uuid)
+            self._undo.add("let it go", lambda: tenures.drop(made.uuid))
+            xml = domains.xml(made.uuid)
+            with tenures.starting(msgspec.structs.replace(made, domain_xml=xml)):
+                """It may run already."""
 
     def _instance(self) -> model.Instance:
         found = domainxml.read(self._planned.xml)

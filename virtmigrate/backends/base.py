@@ -36,6 +36,8 @@ class Backend(making.Making):
     def __init__(self, host: Host, settings: Settings) -> None:
         super().__init__(host, settings)
         self.layout = layout.Keeper(self.name, self._records, settings.record_grace)
+        self.tenures = layout.Tenures(self._records, settings.record_grace)
+        """Who may run the instances whose disks lie here, where hosts share them."""
         self.images = keeping.Images(self.name, self.volumes, self.catalog)
         """What peers count on."""
         self.claims = keeping.Claims()
@@ -80,6 +82,23 @@ class Backend(making.Making):
     def records(self) -> str:
         """The name of the pool of the records; that of the disks, if they lie there."""
         return self._records.name
+
+    # Other hosts
+
+    def clients(self, name: str) -> set[str]:
+        """Return what the storage calls those that have a volume open to write to it.
+
+        This process is left out. Raises Unsupported.
+        """
+        raise self._unsupported(f"tell who has {name} open")
+
+    def fence(self, clients: set[str]) -> None:
+        """Have the storage refuse what these write from now on.
+
+        It has done so when this returns; what they wrote before stays. Raises
+        Unsupported.
+        """
+        raise self._unsupported("keep another host from writing")
 
     # Records
 

@@ -218,6 +218,32 @@ class Cluster:
             except (rados.ObjectBusy, rados.ObjectNotFound):
                 LOG.info("lock=%s was not ours any more", name)
 
+    def clients(self, image: "rbd.Image") -> set[str]:
+        """Return the addresses of all that have an image open to write to it, or its
+        lock, but ours.
+
+        A watch ends some time after its client is cut off, and a lock does not. Inside
+        translated().
+        """
+        assert self._handle is not None
+        # Of an image that nobody has locked there is a list, which is empty.
+        lockers = dict(image.list_lockers() or {}).get("lockers", ())
+        found = {str(each["addr"]) for each in image.watchers_list()}
+        found |= {str(address) for _, _, address in lockers}
+        return found - {str(self._handle.get_addrs())}
+
+    def fence(self, client: str) -> None:
+        """Have the cluster refuse all that a client sends from now on.
+
+        Whoever reads or writes after this, by our connection, sees nothing change that
+        it wrote later. Raises StorageDown, StorageError.
+        """
+        with self.translated(f"blocklisting {client}"):
+            self.context()
+            assert self._handle is not None
+            self._handle.blocklist_add(client, _FOR_GOOD)
+        LOG.warning("host=%s client %s is blocklisted", self.host, client)
+
     def fsid(self) -> str:
         """Return the id of the cluster."""
         with self.translated("asking for its id"):
@@ -292,6 +318,10 @@ _LOCK = "virtmigrate"
 _EXCLUSIVE = 1
 _MUST_RENEW = 2
 """As Ceph's class `lock` has them."""
+
+_FOR_GOOD = 10 * 365 * 86400
+"""Seconds on Ceph's blocklist, which forgets after an hour what comes without: a host
+that was cut off would go on writing then."""
 
 _KEYS = 1000
 """Keys that are asked for at once."""

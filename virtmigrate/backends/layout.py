@@ -29,6 +29,27 @@ class Volumes(record.Store[model.Volume]):
         return {n: g for n, g in found.items() if not n.startswith(RESERVED)}
 
 
+class Tenures:
+    """Who may run which instance, by its UUID. Safe to share between threads."""
+
+    def __init__(self, pool: storagepool.Pool, grace: float) -> None:
+        self._store = record.Store(pool, model.Tenure, grace=grace)
+
+    def find(self, uuid: str) -> record.Stored[model.Tenure] | None:
+        """Return the record of an instance, None without one."""
+        return self._store.find(f"{RESERVED}tenure-{uuid}")
+
+    def publish(self, uuid: str, body: model.Tenure, *, after: int) -> None:
+        """Publish the next generation; RecordConflict."""
+        name = f"{RESERVED}tenure-{uuid}"
+        self._store.publish(name, body, after=after)
+        self._store.prune(name)
+
+    def remove(self, uuid: str) -> None:
+        """Remove it; nothing happens without one."""
+        self._store.remove(f"{RESERVED}tenure-{uuid}")
+
+
 class Keeper:
     """The record of a backend's layout. Safe to share between threads.
 

@@ -31,6 +31,7 @@ class RbdBackend(base.Backend):
         thick=False,
         files=False,
         locks=terms.Reach.STORAGE,
+        fences=True,
     )
     cloning: Mapping[str, terms.Clones] = {
         "auto": terms.Clones.SHARED,
@@ -142,6 +143,16 @@ class RbdBackend(base.Backend):
             )
         self._images.flatten(name)
         return self.update(msgspec.structs.replace(found, parent=None))
+
+    # Other hosts
+
+    def clients(self, name: str) -> set[str]:
+        with self.cluster.image(name, f"asking who has {name} open") as image:
+            return self.cluster.clients(image)
+
+    def fence(self, clients: set[str]) -> None:
+        for client in sorted(clients):
+            self.cluster.fence(client)
 
     # States
 

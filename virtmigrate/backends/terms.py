@@ -56,6 +56,8 @@ class Capabilities:
     """It can hold NVRAM, memory images and records of instances."""
     clones: Clones = Clones.COPY
     locks: Reach = Reach.HOST
+    fences: bool = False
+    """It can say who has a volume open, and refuse what they write from then on."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`instance list` and `instance adopt`."""
+"""`instance list`, `instance adopt` and `instance take-over`."""
 
 import argparse
 from typing import Any
 
-from virtmigrate import adopt, domainxml, model, node
+from virtmigrate import adopt, domainxml, model, node, takeover
 from virtmigrate.cli import command, instances, moves
 from virtmigrate.formats import DiskFormat
 
@@ -68,6 +68,47 @@ class Adopt(command.Lister):
             self.app.LOG.warning("it could not be moved as it is: %s", note)
         columns = ("disk", "volume", "pool", "path", "format", "size", "role", "owner")
         return columns, [_volume_row(volume) for volume in made.volumes]
+
+
+class TakeOver(command.ShowOne):
+    """Take an instance over from a host that is down, and start it here.
+
+    Its disks have to be seen from here, all of them. Where they lie in Ceph, its old
+    host is fenced first. Elsewhere somebody has to see that it is down.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("uuid", metavar="UUID", help="of the instance")
+        parser.add_argument(
+            "--host-is-down",
+            action="store_true",
+            help="its host has stopped for certain, and does not start it again by "
+            "itself: with a host that still writes, the disks are destroyed",
+        )
+        parser.add_argument("--off", action="store_true", help="do not start it")
+        command.add_override(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        uuid, override = parsed_args.uuid.lower(), parsed_args.unmanaged_override
+        with self.open() as session:
+            here = session.here()
+            record = takeover.recorded(here.node, uuid)
+            instances.demand_ours(record, "take over", override=override)
+            here.take_over(
+                uuid,
+                power_on=not parsed_args.off,
+                host_is_down=parsed_args.host_is_down,
+            )
+            values = {
+                "uuid": uuid,
+                "name": record.name,
+                "host": here.node.name,
+                "from": record.host,
+                "state": here.node.domains.power(uuid).value,
+            }
+        return command.columns(values)
 
 
 def chain(text: str) -> tuple[str, tuple[domainxml.Layer, ...]]:

@@ -41,7 +41,7 @@ class Arrival:
         imported = [self._import(v) for v in reversed(self._transfer.volumes)]
         wanted = complete(self._stored)
         if not self._here.domains.exists(wanted.uuid):
-            self._here.domains.define(self._xml(wanted), autostart=wanted.autostart)
+            self._define(wanted)
         self._power(noted)
         self._demand_still_ours()
         for name in sorted({v.backend for v in self._transfer.volumes if v.held}):
@@ -76,18 +76,10 @@ class Arrival:
 
     def note(self) -> model.Instance:
         """Publish, once, that this host took the instance, before it acts on it."""
-        noted = self.noted()
-        if noted is not None:
-            return noted
-        self.demand_free()
-        arrived = msgspec.structs.replace(
-            complete(self._stored),
-            host=self._here.name,
-            state=InstanceState.ARRIVED,
-            domain_xml=None,
-        )
-        self._here.publish_instance(arrived)
-        return arrived
+        noted = self.noted() or self._note()
+        xml = complete(self._stored).domain_xml
+        self._here.tenures.take(msgspec.structs.replace(noted, domain_xml=xml))
+        return noted
 
     def demand_free(self) -> None:
         """Raise NotEntitled if what is here under that UUID is not of this move."""
@@ -139,6 +131,22 @@ class Arrival:
         return all([self._merge(uuid, volume) for volume in layers])  # noqa: C419
 
     # Private
+
+    def _note(self) -> model.Instance:
+        self.demand_free()
+        arrived = msgspec.structs.replace(
+            complete(self._stored),
+            host=self._here.name,
+            state=InstanceState.ARRIVED,
+            domain_xml=None,
+        )
+        self._here.publish_instance(arrived)
+        return arrived
+
+    def _define(self, wanted: model.Instance) -> None:
+        # Where other hosts see its disks, libvirt may not start it with this one.
+        autostart = wanted.autostart and not self._here.tenures.concern(wanted)
+        self._here.domains.define(self._xml(wanted), autostart=autostart)
 
     def _backend(self, volume: model.TransferVolume) -> base.Backend:
         return self._here.backend(volume.backend)
@@ -248,7 +256,7 @@ class Arrival:
         grown = [v for v in self._transfer.volumes if v.grow and not _raw(v)]
         uuid = noted.uuid
         if start or grown:
-            self._here.domains.start(uuid, paused=bool(grown))
+            self._here.start(uuid, paused=bool(grown))
         for volume in grown:
             self._here.domains.resize_disk(uuid, volume.target, volume.size)
         if grown and not start:

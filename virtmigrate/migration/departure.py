@@ -148,8 +148,10 @@ class Departure:
                 reason="the peer gave the reservation up",
             )
         self._demand_gone()
+        self._here.tenures.demand(self._original)
         self.journal.done("giving")
         generation = self._here.publish_instance(self._away())
+        self._here.tenures.pass_on(self._original, self._transfer.peer)
         given = self._publish(
             stored,
             state=TransferState.GIVEN,
@@ -258,6 +260,7 @@ class Departure:
                     backend.remove(volume.name)
             elif left:
                 self._remove_or_retire(backend, left[0], roots.get(sent.name))
+        self._here.tenures.drop(self._original.uuid)
         stored = self._here.instances.find(self._original.uuid)
         if (
             stored

@@ -154,7 +154,8 @@ class Target:
         if self._has_arrived(stored.body):
             self._here.domains.kill(stored.body.instance)
             self._here.domains.undefine(stored.body.instance)
-            self._say_gone(stored.body)
+            gone = self._say_gone(stored.body)
+            self._here.tenures.pass_on(gone, stored.body.source)
         else:
             self._here.forget_unborn(stored.body.instance)
         Arrival(self._here, stored).remove_volumes()
@@ -224,10 +225,11 @@ class Target:
         transfers = self._here.mailbox.transfers
         return transfers.publish(stored.name, body, after=stored.generation)
 
-    def _say_gone(self, transfer: model.Transfer) -> None:
+    def _say_gone(self, transfer: model.Transfer) -> model.Instance:
         noted = self._here.instances.read(transfer.instance).body
         gone = msgspec.structs.replace(noted, state=InstanceState.GONE)
         self._here.publish_instance(gone)
+        return gone
 
     def _recover(self, stored: record.Stored[model.Transfer]) -> None:
         state, age = stored.body.state, self._age(stored)

@@ -59,6 +59,7 @@ class Undo:
         if not self._journal.has("restored"):
             if self._journal.has("giving") and not self._journal.has("taken back"):
                 self._win_back(peer_is_lost)
+                self._here.tenures.take(self._original)
                 self._journal.done("taken back")
             self._restore_states()
             self._restore(power_on)
@@ -90,6 +91,7 @@ class Undo:
         except errors.MigrationUndecided as e:
             if not peer_is_lost:
                 raise
+            self._fence()
             self._journal.done("abandoned")
             LOG.warning(
                 "operation=%s instance=%s is taken back on an operator's word: %s",
@@ -97,6 +99,16 @@ class Undo:
                 self._original.uuid,
                 e,
             )
+
+    def _fence(self) -> None:
+        """See that a lost peer writes to shared disks no more; NotRevertible."""
+        holders = frozenset({self._here.name, self._transfer.peer})
+        try:
+            self._here.tenures.seize(self._original, is_down=True, holders=holders)
+        except (errors.StorageError, errors.InstanceError) as e:
+            raise self._not_revertible(
+                f"{self._transfer.peer} cannot be kept from its disks: {e}"
+            ) from e
 
     def _take_back(self) -> None:
         """Win the right back from the transfer's record."""
@@ -184,7 +196,9 @@ class Undo:
             self._here.publish_instance(back)
         if not self._here.domains.is_defined(uuid):
             self._here.domains.define(
-                str(self._original.domain_xml), autostart=self._original.autostart
+                str(self._original.domain_xml),
+                autostart=self._original.autostart
+                and not self._here.tenures.concern(self._original),
             )
         if power_on:
             self._power(uuid)
@@ -194,9 +208,9 @@ class Undo:
         memory = files.volumes.find(facts.memory_name(self._journal.operation))
         off = self._here.domains.power(uuid) is Power.OFF
         if self._original.power == Power.PAUSED.value and off and memory:
-            self._here.domains.restore_from(memory.body.path)
+            self._here.restore(uuid, memory.body.path)
         elif self._original.power != Power.OFF.value:
-            self._here.domains.start(uuid)
+            self._here.start(uuid)
 
     def _drop_layers(self) -> None:
         """Remove the layers that this move put over shared disks."""

@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may run an instance whose disks several hosts see, and how another gets it."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt_qemu
+import msgspec
+import pytest
+
+import sandbox
+from sandbox import guest
+from sandbox.ceph import Ceph
+from tests.functional import places
+from tests.functional.test_kinds import Cancelling, Kinds, Side
+from virtmigrate import errors, model, takeover
+
+LONG = 60.0
+
+
+@pytest.fixture(scope="module")
+def hosts(box: sandbox.Sandbox) -> Iterator[tuple[sandbox.Host, sandbox.Host]]:
+    yield box.add_host("ten-alpha"), box.add_host("ten-beta")
+    for name in ("ten-alpha", "ten-beta"):
+        box.remove_host(name)
+
+
+@contextlib.contextmanager
+def made(
+    kind: str,
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[Kinds]:
+    """Two hosts that have one backend; each calls it by a name of its own."""
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for side, host in zip("ab", hosts, strict=True):
+            place = places.PLACES[kind](host, "tenures", tmp / side, cluster)
+            values = stack.enter_context(place)
+            sides.append(Side(host, tmp / side, values, f"the{kind}"))
+            stack.callback(sides[-1].close)
+        yield Kinds(sides[0], sides[1], tmp)
+
+
+@pytest.fixture(params=["rbd", "shared_dir"])
+def kinds(
+    request: pytest.FixtureRequest,
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[Kinds]:
+    with made(request.param, hosts, tmp_path, cluster) as found:
+        yield found
+
+
+@pytest.fixture
+def rbd(
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[Kinds]:
+    with made("rbd", hosts, tmp_path, cluster) as found:
+        yield found
+
+
+def tenure(side: Side, instance: Any) -> model.Tenure | None:
+    stored = side.driver.node.backends[side.name].tenures.find(instance.uuid)
+    return stored.body if stored else None
+
+
+def holder(side: Side, instance: Any) -> tuple[str, str | None]:
+    """Who may run it, and whom it was passed on to."""
+    found = tenure(side, instance)
+    assert found is not None
+    return found.host, found.peer
+
+
+def writes(side: Side, instance: Any, judge: Side, pattern: int) -> bool:
+    """Write to a running guest's disk through QEMU; tell whether the storage took it.
+
+    Arguments:
+        judge: a host that sees the disk, and has a record of it.
+        pattern: a byte that was not there.
+    """
+    device = "/machine/peripheral/virtio-disk0/virtio-backend"
+    order = f'qemu-io -d {device} "write -f -P {pattern} 0 512"'
+    command = {
+        "execute": "human-monitor-command",
+        "arguments": {"command-line": order},
+    }
+    before = judge.root(instance)
+    with side.libvirt() as conn:
+        domain = conn.lookupByUUIDString(instance.uuid)
+        libvirt_qemu.qemuMonitorCommand(domain, json.dumps(command), 0)
+    return judge.root(instance) != before
+
+
+def pretend(side: Side, other: Side, instance: Any) -> None:
+    """Make a host believe that an instance of another is its own."""
+    here, there = side.driver.node, other.driver.node
+    found = there.instances.read(instance.uuid).body
+    record = msgspec.structs.replace(found, host=here.name)
+    wanted = takeover._placed(here, record)
+    xml = there.domains.xml(instance.uuid)
+    here.publish_instance(wanted)
+    here.domains.define(xml)
+
+
+@contextlib.contextmanager
+def away(side: Side) -> Iterator[None]:
+    """Cut a host off: from its peers, and its guests from their storage in Ceph."""
+    assert isinstance(side.host, sandbox.Host)
+    side.host.link(up=False)
+    try:
+        yield
+    finally:
+        side.host.link(up=True)
+
+
+def kill_guests(side: Side) -> None:
+    assert isinstance(side.host, sandbox.Host)
+    for pid in side.host.qemu_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_started_by_one_it_is_refused_to_another(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    assert holder(kinds.b, instance) == ("ten-alpha", None)
+    pretend(kinds.b, kinds.a, instance)
+    starts: list[Callable[[], None]] = [
+        lambda: kinds.b.driver.power_on(None, instance, None),
+        lambda: kinds.b.driver.reboot(None, instance, None, "HARD"),
+        lambda: kinds.b.driver.node.restore(instance.uuid, "/nowhere"),
+    ]
+    for start in starts:
+        with pytest.raises(errors.HeldElsewhere, match=r"ten-alpha's.*take-over"):
+            start()
+    assert kinds.b.state_of(instance) == "shutoff"
+    with pytest.raises(errors.MigrationRefused, match="ten-alpha's"):
+        kinds.b.driver.migrate_disk_and_power_off(
+            None, instance, "ten-alpha", kinds.flavor(kinds.a), None
+        )
+    # What is not its own any more it does not remove.
+    kinds.b.driver.destroy(None, instance, None)
+    assert kinds.b.state_of(instance) is None
+    kinds.a.driver.reboot(None, instance, None, "HARD")
+    assert kinds.a.state_of(instance) == "running"
+    kinds.a.driver.destroy(None, instance, None)
+    assert tenure(kinds.b, instance) is None
+
+
+def test_off_it_is_still_its_hosts(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver.power_off(instance)
+    pretend(kinds.b, kinds.a, instance)
+    with pytest.raises(errors.HeldElsewhere):
+        kinds.b.driver.power_on(None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.a.driver.power_on(None, instance, None)
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_move_passes_it_on(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    ticket = kinds.a.driver.migrate_disk_and_power_off(
+        None, instance, kinds.b.host.name, kinds.flavor(kinds.b), None
+    )
+    assert holder(kinds.a, instance) == ("ten-alpha", "ten-beta")
+    kinds.b.driver.finish_migration(None, None, instance, ticket, None)
+    assert holder(kinds.a, instance) == ("ten-beta", None)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    assert holder(kinds.a, instance) == ("ten-beta", None)
+    kinds.b.driver.settle()
+    kinds.b.driver.reboot(None, instance, None, "HARD")
+    kinds.b.driver.destroy(None, instance, None)
+    assert tenure(kinds.a, instance) is None
+
+
+def test_of_one_that_is_off_too(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver.power_off(instance)
+    kinds.move(instance)
+    assert holder(kinds.a, instance) == ("ten-beta", None)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
+
+
+def test_a_revert_gives_it_back(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.move(instance)
+    kinds.b.driver.destroy(None, instance, None)
+    assert holder(kinds.a, instance) == ("ten-beta", "ten-alpha")
+    kinds.a.driver.finish_revert_migration(None, instance)
+    assert holder(kinds.a, instance) == ("ten-alpha", None)
+    assert kinds.a.state_of(instance) == "running"
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_revert_before_the_peer_took_it(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver.migrate_disk_and_power_off(
+        None, instance, kinds.b.host.name, kinds.flavor(kinds.b), None
+    )
+    kinds.a.driver.finish_revert_migration(None, instance)
+    assert holder(kinds.a, instance) == ("ten-alpha", None)
+    assert kinds.a.state_of(instance) == "running"
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_failed_move_leaves_it(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver._progress = lambda: Cancelling()
+    with pytest.raises((errors.MigrationError, errors.Cancelled)):
+        kinds.move(instance)
+    assert holder(kinds.a, instance) == ("ten-alpha", None)
+    assert kinds.a.state_of(instance) == "running"
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_failed_spawn_leaves_none(
+    kinds: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise errors.HostError(host="ten-alpha", reason="test")
+
+    monkeypatch.setattr(kinds.a.driver.node.domains, "start", fail)
+    with pytest.raises(errors.HostError, match="test"):
+        kinds.spawn()
+    pool = kinds.a.driver.node.backends[kinds.a.name].volumes.pool
+    assert not [name for name in pool.names() if "tenure" in name]
+
+
+def test_libvirt_does_not_start_it_with_the_host(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    with kinds.a.libvirt() as conn:
+        conn.lookupByUUIDString(instance.uuid).setAutostart(1)
+    kinds.a.driver.reboot(None, instance, None, "HARD")
+    assert not kinds.a.driver.node.domains.autostart(instance.uuid)
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_local_disks_have_none(kinds: Kinds) -> None:
+    instance = kinds.spawn(flavor=kinds.flavor_of("files"))
+    for backend in kinds.a.driver.node.backends.values():
+        assert backend.tenures.find(instance.uuid) is None
+    with pytest.raises(errors.TakeOverRefused, match="no backend of this host"):
+        kinds.b.driver.take_over(instance.uuid, host_is_down=True)
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_it_is_no_volume(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    backend = kinds.a.driver.node.backends[kinds.a.name]
+    assert set(backend.volumes.names()) == {kinds.a.disk(instance)[1].name}
+    kinds.a.driver.destroy(None, instance, None)
+
+
+# Taking over
+
+
+def test_taken_over_from_a_host_that_cannot_be_asked(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver.power_off(instance)
+    before = kinds.a.root(instance)
+    kinds.a.driver.power_on(None, instance, None)
+    is_fenced = kinds.a.name == "therbd"
+    with away(kinds.a):
+        if not is_fenced:
+            with pytest.raises(errors.TakeOverRefused, match=r"--host-is-down"):
+                kinds.b.driver.take_over(instance.uuid)
+            assert holder(kinds.b, instance) == ("ten-alpha", None)
+            assert kinds.b.state_of(instance) is None
+            # QEMU would not start a second one on a file system of one machine.
+            kill_guests(kinds.a)
+        kinds.b.driver.take_over(instance.uuid, host_is_down=not is_fenced)
+        assert holder(kinds.b, instance) == ("ten-beta", None)
+        assert kinds.b.state_of(instance) == "running"
+        assert kinds.b.root(instance) == before
+        assert writes(kinds.b, instance, kinds.b, 1)
+
+    # It comes back, with a guest that nobody stopped.
+    if is_fenced:
+        assert not writes(kinds.a, instance, kinds.b, 2)
+    with pytest.raises(errors.HeldElsewhere):
+        kinds.a.driver.power_on(None, instance, None)
+    kinds.a.restart()
+    (left,) = kinds.a.driver.settle()
+    assert "ten-beta's now" in left
+    assert kinds.a.state_of(instance) == "shutoff"
+    with pytest.raises(errors.HeldElsewhere, match="ten-beta's"):
+        kinds.a.driver.resume(None, instance, None)
+    kinds.a.driver.destroy(None, instance, None)
+    assert kinds.a.driver.settle() == []
+    kinds.b.driver.reboot(None, instance, None, "HARD")
+    assert kinds.b.state_of(instance) == "running"
+    kinds.b.driver.destroy(None, instance, None)
+    assert not [name for name in kinds.b.volumes() if "vda" in name]
+    assert tenure(kinds.a, instance) is None
+
+
+def test_what_is_off_is_taken_without_a_start(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver.power_off(instance)
+    kinds.b.driver.take_over(instance.uuid, power_on=False, host_is_down=True)
+    assert kinds.b.state_of(instance) == "shutoff"
+    assert holder(kinds.a, instance) == ("ten-beta", None)
+    kinds.a.driver.destroy(None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
+
+
+def test_one_that_failed_halfway_is_gone_on_with(
+    kinds: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = kinds.spawn()
+    kinds.a.driver.power_off(instance)
+
+    def fail(*_: object, **__: object) -> None:
+        raise errors.HostError(host="ten-beta", reason="test")
+
+    for owner, name in (
+        (kinds.b.driver.node, "publish_instance"),
+        (kinds.b.driver.node.domains, "define"),
+        (kinds.b.driver.node.domains, "start"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(errors.HostError, match="test"):
+                kinds.b.driver.take_over(instance.uuid, host_is_down=True)
+    kinds.b.driver.take_over(instance.uuid, host_is_down=True)
+    assert kinds.b.state_of(instance) == "running"
+    kinds.a.driver.destroy(None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
+
+
+def test_a_disk_that_is_not_seen(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    here = kinds.a.driver.node
+    record = here.instances.read(instance.uuid).body
+    ref = model.DiskRef("vdb", f"vdb.{record.operation}", "files", model.Role.DATA)
+    more = msgspec.structs.replace(record, disks=(*record.disks, ref))
+    here.tenures.drop(instance.uuid)
+    here.tenures.take(more)
+    with pytest.raises(errors.TakeOverRefused, match=r"disk vdb .*is not seen"):
+        kinds.b.driver.take_over(instance.uuid, host_is_down=True)
+    assert holder(kinds.b, instance) == ("ten-alpha", None)
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_move_that_is_open_is_not_taken_over(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.move(instance)
+    for side in (kinds.a, kinds.b):
+        with pytest.raises(errors.TakeOverRefused, match=r"move|revert"):
+            side.driver.take_over(instance.uuid, host_is_down=True)
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.a.driver.finish_revert_migration(None, instance)
+    kinds.a.driver.destroy(None, instance, None)
+
+
+def test_taken_over_while_it_is_started(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was slower stops what it started."""
+    instance = rbd.spawn()
+    rbd.a.driver.power_off(instance)
+    here = rbd.a.driver.node.domains
+    start = here.start
+
+    def overtaken(*args: Any, **kwargs: Any) -> None:
+        start(*args, **kwargs)
+        rbd.b.driver.take_over(instance.uuid)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "start", overtaken)
+        with pytest.raises(errors.HeldElsewhere):
+            rbd.a.driver.power_on(None, instance, None)
+    assert rbd.a.state_of(instance) == "shutoff"
+    assert rbd.b.state_of(instance) == "running"
+    rbd.a.driver.destroy(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+
+
+def test_who_has_it_open_is_not_known(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the start and its note; then the cluster forgot the watch."""
+    instance = rbd.spawn()
+    rbd.a.driver.power_off(instance)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rbd.a.driver.node.domains, "start", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rbd.a.driver.power_on(None, instance, None)
+    found = tenure(rbd.b, instance)
+    assert found is not None and found.clients is None
+    backend = rbd.b.driver.node.backends[rbd.b.name]
+    monkeypatch.setattr(backend, "clients", lambda name: set())
+    with pytest.raises(errors.TakeOverRefused, match="was starting it"):
+        rbd.b.driver.take_over(instance.uuid)
+    assert tenure(rbd.b, instance) == found
+    rbd.b.driver.take_over(instance.uuid, host_is_down=True)
+    rbd.a.driver.destroy(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+
+
+def test_a_watch_that_ended_is_fenced_by_the_note(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = rbd.spawn()
+    assert writes(rbd.a, instance, rbd.a, 1)
+    backend = rbd.b.driver.node.backends[rbd.b.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "clients", lambda name: set())
+        rbd.b.driver.take_over(instance.uuid)
+    assert not writes(rbd.a, instance, rbd.b, 2)
+    assert writes(rbd.b, instance, rbd.b, 3)
+    rbd.a.driver.destroy(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+
+
+def test_a_cluster_that_does_not_fence(rbd: Kinds, cluster: Callable[[], Ceph]) -> None:
+    """No right to blocklist: nothing is taken."""
+    instance = rbd.spawn()
+    caps = ["mon", "allow r", "osd", "profile rbd pool=tenures"]
+    cluster().run(["ceph", "auth", "caps", "client.tenures", *caps])
+    try:
+        rbd.b.restart()
+        with pytest.raises(errors.StorageError, match="blocklisting"):
+            rbd.b.driver.take_over(instance.uuid)
+        assert holder(rbd.a, instance) == ("ten-alpha", None)
+        assert rbd.b.state_of(instance) is None
+        assert writes(rbd.a, instance, rbd.a, 1)
+    finally:
+        caps = ["mon", "profile rbd", "osd", "profile rbd pool=tenures"]
+        caps += ["mgr", "profile rbd pool=tenures"]
+        cluster().run(["ceph", "auth", "caps", "client.tenures", *caps])
+    rbd.b.restart()
+    rbd.b.driver.take_over(instance.uuid)
+    rbd.a.driver.destroy(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+
+
+@pytest.mark.timeout(240)
+def test_a_guest_that_was_cut_off(
+    rbd: Kinds, cluster: Callable[[], Ceph], tmp_path: Path
+) -> None:
+    """It writes nothing when it is back, and what it had written goes on elsewhere."""
+    instance = types.SimpleNamespace(
+        uuid=str(uuid.uuid4()),
+        name="counter",
+        flavor=rbd.flavor_of("therbd", memory_mb=128),
+    )
+    meta = {"path": str(guest.image().path), "disk_format": "raw"}
+    rbd.a.driver.spawn(None, instance, meta)
+    there, here = console(rbd.a, instance), console(rbd.b, instance)
+    wait_for(lambda: len(guest.beats(there)) >= 3)
+    with away(rbd.a):
+        rbd.b.driver.take_over(instance.uuid)
+        last = guest.beats(there)[-1].number
+        wait_for(lambda: len(guest.beats(here)) >= 3)
+    begun = len(guest.beats(here))
+    wait_for(lambda: len(guest.beats(here)) >= begun + 5)
+    assert guest.beats(there)[-1].number == last
+    # A last record may have been on disk, and not said yet.
+    assert guest.beats(here)[0].number in (last + 1, last + 2)
+    rbd.b.driver.power_off(instance, 20, 5)
+    disk = tmp_path / "disk"
+    name = rbd.b.disk(instance)[1].name
+    cluster().run(["rbd", "export", "--no-progress", f"tenures/{name}", str(disk)])
+    log = guest.verify(disk)
+    assert (log.problems, log.first, log.boots) == ([], 1, 2)
+    for side in (rbd.a, rbd.b):
+        side.driver.destroy(None, instance, None)
+
+
+# Taking back from a peer that is lost
+
+
+def test_a_lost_peer_is_fenced_first(rbd: Kinds) -> None:
+    instance = rbd.spawn()
+    before = rbd.a.root(instance)
+    rbd.move(instance)
+    assert writes(rbd.b, instance, rbd.b, 1)
+    with away(rbd.b):
+        rbd.a.driver.finish_revert_migration(None, instance, peer_is_lost=True)
+    assert rbd.a.state_of(instance) == "running"
+    assert holder(rbd.a, instance) == ("ten-alpha", None)
+    assert not writes(rbd.b, instance, rbd.a, 2)
+    assert rbd.a.root(instance) == before
+    rbd.b.restart()
+    assert any("ten-alpha's now" in each for each in rbd.b.driver.settle())
+    assert rbd.b.state_of(instance) == "shutoff"
+    with pytest.raises(errors.HeldElsewhere):
+        rbd.b.driver.power_on(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+    assert rbd.a.driver.settle() == []
+    assert rbd.a.root(instance) == before
+    rbd.a.driver.destroy(None, instance, None)
+
+
+def test_a_lost_peer_that_cannot_be_fenced_keeps_it(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = rbd.spawn()
+    rbd.move(instance)
+
+    def fail(clients: set[str]) -> None:
+        raise errors.StorageDown(host="ten-alpha", pool="p", seconds=1, reason="test")
+
+    with away(rbd.b), monkeypatch.context() as patch:
+        patch.setattr(rbd.a.driver.node.backends[rbd.a.name], "fence", fail)
+        with pytest.raises(errors.NotRevertible, match="cannot be kept from its disks"):
+            rbd.a.driver.finish_revert_migration(None, instance, peer_is_lost=True)
+    assert holder(rbd.a, instance) == ("ten-beta", None)
+    assert rbd.a.state_of(instance) is None
+    assert writes(rbd.b, instance, rbd.b, 1)
+    rbd.b.driver.destroy(None, instance, None)
+    rbd.a.driver.finish_revert_migration(None, instance)
+    rbd.a.driver.destroy(None, instance, None)
+
+
+def console(side: Side, instance: Any) -> Path:
+    assert isinstance(side.host, sandbox.Host)
+    return side.host.logs / f"qemu/virtmigrate-{instance.uuid}.log"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.2)

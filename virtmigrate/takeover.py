@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking over an instance from a host that is down, where its disks are seen here.
+
+In this order, and each step can be done again:
+
+1. All is looked at: what the instance is (by the record beside its disks), that all of
+   its disks are seen from here, and that its old host can be kept from writing.
+2. The old host is fenced, and the record says that this host has it. From here on the
+   old one starts it no more, whatever it remembers.
+3. The instance's record is published here, and its domain is defined.
+4. It is started, if the caller wants that.
+"""
+
+import uuid as uuids
+
+import msgspec
+from oslo_log import log as logging
+
+from virtmigrate import domainxml, errors, model, node
+from virtmigrate.instance import Power
+from virtmigrate.migration.plan import NVRAM
+from virtmigrate.model import InstanceState, TransferState
+
+LOG = logging.getLogger(__name__)
+
+_OPEN = (
+    TransferState.GIVEN,
+    TransferState.TAKEN,
+    TransferState.SETTLED,
+    TransferState.RETURNING,
+)
+_RUNNABLE = (InstanceState.HERE, InstanceState.ARRIVED)
+
+
+def recorded(here: node.Node, uuid: str) -> model.Instance:
+    """Return an instance as its host had it, by the record beside its disks.
+
+    Raises TakeOverRefused where no backend of this host has one.
+    """
+    found = _tenures(here, uuid)
+    if not found:
+        raise _refused(
+            here, uuid, "no backend of this host has a record of who may run it"
+        )
+    # Where an attempt was killed between two backends, one says this host already.
+    others = [each for each in found.values() if each.host != here.name]
+    return (others or list(found.values()))[0].record
+
+
+def run(
+    here: node.Node, uuid: str, *, power_on: bool = True, host_is_down: bool = False
+) -> model.Instance:
+    """Take an instance over, and start it; return its record.
+
+    Can be called again. Raises TakeOverRefused: nothing was changed.
+
+    Arguments:
+        host_is_down: an operator's word that its host has stopped for certain, for
+            disks whose storage cannot see to that.
+    """
+    with here.claimed(uuid):
+        _demand_free(here, uuid)
+        wanted = _placed(here, recorded(here, uuid))
+        xml = _xml(here, wanted)
+        with_xml = msgspec.structs.replace(wanted, domain_xml=xml)
+        here.tenures.seize(with_xml, is_down=host_is_down)
+        here.publish_instance(wanted)
+        here.domains.define(xml)
+        if power_on:
+            here.start(uuid)
+    LOG.warning("instance=%s taken over by %s", uuid, here.name)
+    return wanted
+
+
+def stop_lost(here: node.Node) -> list[str]:
+    """Turn off what another host has taken over; return what is left of it.
+
+    For a host that comes back with guests that nobody could stop. What is in another
+    operation, or on storage that is down, is looked at the next time.
+    """
+    left = []
+    for uuid in here.instances.names():
+        try:
+            with here.locks.only(f"instance-{uuid}") as is_idle:
+                left += _stop_lost(here, uuid) if is_idle else []
+        except errors.Error as e:
+            LOG.warning("instance=%s not looked at: %s", uuid, e)
+    return left
+
+
+# Private
+
+
+def _stop_lost(here: node.Node, uuid: str) -> list[str]:
+    own = here.own_record(uuid)
+    if own is None or own.state not in _RUNNABLE:
+        return []
+    is_down = any(ref.backend in here.down for ref in own.disks)
+    if is_down or not here.tenures.concern(own):
+        return []
+    try:
+        here.tenures.demand(own)
+        return []
+    except errors.HeldElsewhere as e:
+        if here.domains.exists(uuid) and here.domains.power(uuid) is not Power.OFF:
+            LOG.error("instance=%s is turned off: %s", uuid, e)
+            here.domains.kill(uuid)
+        return [
+            f"{own.operation}: instance {uuid} is {e.holder}'s now, and off here; "
+            "destroy what is left of it on this host"
+        ]
+
+
+def _refused(here: node.Node, uuid: str, reason: str) -> errors.TakeOverRefused:
+    return errors.TakeOverRefused(instance=uuid, host=here.name, reason=reason)
+
+
+def _tenures(here: node.Node, uuid: str) -> dict[str, model.Tenure]:
+    """Return what stands beside an instance's disks, by backend."""
+    found = {}
+    for backend in here.up():
+        if backend.capabilities.shared:
+            stored = backend.tenures.find(uuid)
+            if stored is not None:
+                found[backend.name] = stored.body
+    return found
+
+
+def _demand_free(here: node.Node, uuid: str) -> None:
+    """See that no move of it is open here, and that no domain of it runs."""
+    own = here.own_record(uuid)
+    if own is not None and own.state not in (InstanceState.HERE, InstanceState.GONE):
+        raise _refused(
+            here,
+            uuid,
+            f"its record here says {own.state.value}, operation {own.operation}: "
+            "confirm or revert that move",
+        )
+    for stored in here.mailbox.open_transfers():
+        if stored.body.instance == uuid and stored.body.state in _OPEN:
+            raise _refused(
+                here, uuid, f"its move to this host ({stored.name}) is not over"
+            )
+    if here.domains.exists(uuid) and here.domains.power(uuid) is not Power.OFF:
+        raise _refused(here, uuid, "a domain of it runs here")
+
+
+def _placed(here: node.Node, found: model.Instance) -> model.Instance:
+    """Return the instance as it is to be here; TakeOverRefused without all disks."""
+    disks = tuple(
+        msgspec.structs.replace(ref, backend=_backend_of(here, found, ref))
+        for ref in found.disks
+    )
+    return msgspec.structs.replace(
+        found,
+        host=here.name,
+        state=InstanceState.HERE,
+        operation=uuids.uuid4().hex[:16],
+        disks=disks,
+        peer=None,
+        domain_xml=None,
+        autostart=False,
+    )
+
+
+def _backend_of(here: node.Node, found: model.Instance, ref: model.DiskRef) -> str:
+    """Return the backend in which this host sees a disk; other hosts may call it
+    otherwise."""
+    names = sorted(_tenures(here, found.uuid), key=lambda name: name != ref.backend)
+    for name in names:
+        stored = here.backend(name).volumes.find(ref.volume)
+        if stored is not None and stored.body.owner == found.uuid:
+            return name
+    raise _refused(
+        here,
+        found.uuid,
+        f"its disk {ref.target} ({ref.volume}, in {found.host}'s backend "
+        f"{ref.backend}) is not seen from here",
+    )
+
+
+def _xml(here: node.Node, wanted: model.Instance) -> str:
+    """Return its old host's XML, with the disks as this host finds them."""
+    found = recorded(here, wanted.uuid).domain_xml
+    xml = domainxml.without_runtime(str(found))
+    xml = domainxml.with_emulator(xml, None)
+    if obstacles := domainxml.obstacles(xml):
+        raise _refused(here, wanted.uuid, f"its domain cannot be moved: {obstacles}")
+    refs = {
+        ref.target: here.backend(ref.backend).layers(ref.volume) for ref in wanted.disks
+    }
+    nvram = refs.pop(NVRAM, None)
+    xml = domainxml.with_disks(xml, refs)
+    return domainxml.with_nvram(xml, nvram[0].source) if nvram else xml

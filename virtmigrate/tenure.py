@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may run an instance whose disks several hosts see, by a record beside them.
+
+An instance's own record is its host's word, and other hosts may not see it. This one
+lies in each backend with such disks. It is taken before the domain is started, a move
+passes it on, and a destroyed instance's goes. It has no end in time: the guest of a
+host that nobody reaches still writes. Another host gets it by fencing, or by an
+operator's word.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+from oslo_log import log as logging
+
+from virtmigrate import errors, model
+from virtmigrate.backends import base
+
+LOG = logging.getLogger(__name__)
+
+_TRIES = 5
+"""Times that a record is changed again after somebody else changed it."""
+
+Change = Callable[[model.Tenure | None], model.Tenure | None]
+"""Makes the record that is to be of the one that is; None leaves it."""
+
+
+class Tenures:
+    """The tenures of one host. Safe to share between threads.
+
+    Arguments:
+        backends: the host's, by name.
+        host: its name.
+    """
+
+    def __init__(self, backends: Mapping[str, base.Backend], host: str) -> None:
+        self._backends = backends
+        self._host = host
+
+    def concern(self, found: model.Instance) -> bool:
+        """Tell whether several hosts see disks of an instance of ours."""
+        return bool(self._shared(found))
+
+    def demand(self, found: model.Instance) -> None:
+        """Raise HeldElsewhere if another host may run an instance of ours."""
+        for backend in self._shared(found):
+            self._demand(backend, found.uuid, self._find(backend, found.uuid))
+
+    def holder(self, backend: base.Backend, uuid: str) -> str | None:
+        """Return the other host that may run an instance, None if there is none."""
+        found = self._find(backend, uuid)
+        return None if found is None or self._may_take(found) else found.host
+
+    def take(self, wanted: model.Instance) -> None:
+        """Have it, for an instance that does not run; nothing happens twice.
+
+        Raises HeldElsewhere.
+
+        Arguments:
+            wanted: its record as it is to be here, with the XML.
+        """
+        for backend in self._shared(wanted):
+            self._change(backend, wanted.uuid, lambda found: self._taken(found, wanted))
+
+    @contextlib.contextmanager
+    def starting(self, wanted: model.Instance) -> Iterator[None]:
+        """Have it while an instance is started, then note who has its disks open.
+
+        Raises HeldElsewhere: before, and nothing was started; or after, because
+        somebody took it over meanwhile, and then what was started is to be stopped.
+        """
+        shared = self._shared(wanted)
+        started = model.Tenure(host=self._host, record=wanted, clients=None)
+        for backend in shared:
+            self._change(backend, wanted.uuid, lambda _: started)
+        yield
+        for backend in shared:
+            if backend.capabilities.fences:
+                self._note(backend, wanted)
+        self.demand(wanted)
+
+    def pass_on(self, gone: model.Instance, peer: str) -> None:
+        """Let a peer take it; nothing happens if it is not ours. It may not run."""
+
+        def passed(found: model.Tenure | None) -> model.Tenure | None:
+            if found is None or found.host != self._host:
+                return None
+            return msgspec.structs.replace(found, peer=peer, clients=())
+
+        for backend in self._shared(gone):
+            if self.holder(backend, gone.uuid) is None:
+                self._change(backend, gone.uuid, passed)
+
+    def drop(self, uuid: str) -> None:
+        """Remove what is ours of an instance that is gone; can be called again."""
+        for backend in self._backends.values():
+            if backend.capabilities.shared:
+                found = self._find(backend, uuid)
+                if found is not None and found.host == self._host:
+                    backend.tenures.remove(uuid)
+
+    def seize(
+        self,
+        wanted: model.Instance,
+        *,
+        is_down: bool,
+        holders: frozenset[str] = frozenset(),
+    ) -> None:
+        """Take it from whoever has it, once that host writes no more.
+
+        The storage sees to that where it can. Raises TakeOverRefused where neither it
+        nor an operator does, and HeldElsewhere: nothing was changed. Any other error
+        leaves some of it taken: it can be called again.
+
+        Arguments:
+            wanted: the instance as it is to be here, with the XML.
+            is_down: an operator's word that its host has stopped for certain.
+            holders: take it from these only; from anybody, if there are none.
+        """
+        backends = self._shared(wanted)
+        for backend in backends:
+            found = self._find(backend, wanted.uuid)
+            self._clients(backend, wanted, found, is_down)
+            if holders and found is not None and found.host not in holders:
+                self._demand(backend, wanted.uuid, found)
+        for backend in backends:
+            self._seize(backend, wanted, is_down)
+
+    # Private
+
+    def _shared(self, found: model.Instance) -> list[base.Backend]:
+        """Return the backends with disks of an instance that several hosts have."""
+        names = sorted({ref.backend for ref in found.disks})
+        backends = [self._backends[name] for name in names if name in self._backends]
+        return [each for each in backends if each.capabilities.shared]
+
+    @staticmethod
+    def _find(backend: base.Backend, uuid: str) -> model.Tenure | None:
+        stored = backend.tenures.find(uuid)
+        return stored.body if stored else None
+
+    def _may_take(self, found: model.Tenure) -> bool:
+        return self._host in (found.host, found.peer)
+
+    def _demand(
+        self, backend: base.Backend, uuid: str, found: model.Tenure | None
+    ) -> None:
+        if found is not None and not self._may_take(found):
+            raise errors.HeldElsewhere(
+                host=self._host, instance=uuid, backend=backend.name, holder=found.host
+            )
+
+    def _taken(
+        self, found: model.Tenure | None, wanted: model.Instance
+    ) -> model.Tenure | None:
+        if found is not None and (found.host, found.peer) == (self._host, None):
+            return None
+        return model.Tenure(host=self._host, record=wanted)
+
+    def _note(self, backend: base.Backend, wanted: model.Instance) -> None:
+        """Note who has the disks open now; HeldElsewhere if it is not ours any more.
+
+        Without this note a fence has less to go by, and the instance runs all the same.
+        """
+
+        def noted(found: model.Tenure | None) -> model.Tenure | None:
+            if found is None:
+                return None
+            clients: set[str] = set()
+            for ref in wanted.disks:
+                if ref.backend == backend.name:
+                    clients |= backend.clients(ref.volume)
+            return msgspec.structs.replace(found, clients=tuple(sorted(clients)))
+
+        try:
+            self._change(backend, wanted.uuid, noted)
+        except errors.StorageError as e:
+            LOG.warning("instance=%s its clients are not noted: %s", wanted.uuid, e)
+
+    def _clients(
+        self,
+        backend: base.Backend,
+        wanted: model.Instance,
+        found: model.Tenure | None,
+        is_down: bool,
+    ) -> set[str]:
+        """Return whom the storage has to refuse; TakeOverRefused if that is unknown."""
+        if found is not None and (found.host, found.peer) == (self._host, None):
+            return set()
+        holder = found.host if found is not None else "another host"
+        if not backend.capabilities.fences:
+            if not is_down:
+                raise self._refused(wanted, _NO_FENCE.format(backend.name, holder))
+            return set()
+        disks = [ref for ref in wanted.disks if ref.backend == backend.name]
+        clients = [backend.clients(ref.volume) for ref in disks]
+        known = None if found is None else found.clients
+        if known is None and not all(clients) and not is_down:
+            raise self._refused(wanted, _UNKNOWN.format(holder))
+        return set(known or ()).union(*clients)
+
+    def _refused(self, wanted: model.Instance, reason: str) -> errors.TakeOverRefused:
+        return errors.TakeOverRefused(
+            instance=wanted.uuid, host=self._host, reason=reason
+        )
+
+    def _seize(
+        self, backend: base.Backend, wanted: model.Instance, is_down: bool
+    ) -> None:
+        def seized(found: model.Tenure | None) -> model.Tenure | None:
+            if found is not None and (found.host, found.peer) == (self._host, None):
+                return None
+            if backend.capabilities.fences:
+                backend.fence(self._clients(backend, wanted, found, is_down))
+            LOG.warning(
+                "instance=%s backend=%s taken by %s from %s%s",
+                wanted.uuid,
+                backend.name,
+                self._host,
+                found.host if found is not None else "nobody",
+                ", down by an operator's word" if is_down else "",
+            )
+            return model.Tenure(host=self._host, record=wanted)
+
+        self._change(backend, wanted.uuid, seized, by_force=True)
+
+    def _change(
+        self,
+        backend: base.Backend,
+        uuid: str,
+        change: Change,
+        *,
+        by_force: bool = False,
+    ) -> None:
+        """Change the record of an instance in one step; HeldElsewhere.
+
+        Raises RecordConflict when others change it all the time.
+        """
+        for attempt in range(1, _TRIES + 1):
+            stored = backend.tenures.find(uuid)
+            if not by_force:
+                self._demand(backend, uuid, stored.body if stored else None)
+            body = change(stored.body if stored else None)
+            if body is None or (stored and stored.body == body):
+                return
+            after = stored.generation if stored else 0
+            try:
+                backend.tenures.publish(uuid, body, after=after)
+                return
+            except errors.RecordConflict:
+                if attempt == _TRIES:
+                    raise
+
+
+_NO_FENCE = (
+    "backend {} cannot keep {} from writing to its disks. See that it is down, and "
+    "stays so, then say it (--host-is-down)"
+)
+_UNKNOWN = (
+    "{} was starting it, and the storage does not show by whom its disks are open. "
+    "See that this host is down, and stays so, then say it (--host-is-down)"
+)
