@@ -134,7 +134,7 @@ class _Look:
             for pool in {self._backend.incoming.name, self._backend.disks.name}
             for name in self._names(pool)
         }
-        for left in self._images.leftovers():
+        for left in self._images.shelf.leftovers():
             yield self._found(
                 left.name,
                 Kind.HALF_MADE,
@@ -232,7 +232,7 @@ class _Look:
     def _clear(self, stored: Stored) -> str:
         if self._backend.volumes.find(stored.name) != stored:
             return ""
-        return "removed" if self._images.clear(stored) else ""
+        return "removed" if self._images.shelf.clear(stored) else ""
 
     def _remove(self, stored: Stored) -> str:
         volume, backend = stored.body, self._backend

@@ -13,10 +13,8 @@ each by compare-and-swap, for all processes and hosts that have the backend:
   the other, and gives way.
 """
 
-import collections
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 from oslo_log import log as logging
 
@@ -27,12 +25,12 @@ from virtmigrate import (
     fetching,
     model,
     node,
+    shelf,
     slots,
     sources,
     stream,
 )
 from virtmigrate.backends import base, keeping
-from virtmigrate.model import VolumeState
 from virtmigrate.progress import Progress
 from virtmigrate.record import Stored
 
@@ -45,42 +43,6 @@ _LOOK = 0.2
 """Seconds between two looks at what another one fetches."""
 
 
-@dataclasses.dataclass
-class Counters:
-    """What this process saw since it began."""
-
-    hits: int = 0
-    misses: int = 0
-    fetched: int = 0
-    """Bytes of volumes that were made."""
-    evictions: int = 0
-    waits: int = 0
-    """Times that somebody waited for what another one fetched."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cached:
-    """One image, as it is now."""
-
-    volume: model.Volume
-    references: tuple[str, ...]
-    """Volumes that stand on it."""
-
-    @property
-    def origin(self) -> model.Origin:
-        assert self.volume.image is not None
-        return self.volume.image
-
-    @property
-    def is_held(self) -> bool:
-        """Tell whether a peer counts on it for a move."""
-        return any(hold.until > time.time() for hold in self.volume.holds)
-
-    @property
-    def is_idle(self) -> bool:
-        return not (self.references or self.is_held or self.origin.pinned)
-
-
 class ImageCache:
     """The images of one backend. Safe to share between threads."""
 
@@ -90,7 +52,8 @@ class ImageCache:
         self._slots = slots.Slots(backend.volumes.pool, here.options.record_grace)
         self._lease: float = here.options.image_lease
         self.backend = backend.name
-        self.counters = Counters()
+        self.shelf = shelf.Shelf(backend, self._slots, self._lease)
+        self.counters = self.shelf.counters
 
     def obtain(
         self, source: sources.Source, progress: Progress | None = None
@@ -156,21 +119,13 @@ class ImageCache:
                 LOG.info("%s; it is fetched again", e)
         raise errors.ImageGone(host=self._here.name, image=source.origin)
 
-    def all(self) -> list[Cached]:
-        """Return all images, the least recently used first.
-
-        Raises RecordBroken for any record that cannot be read: it may be what
-        stands on an image.
-        """
-        return self._cached(self._backend.catalog.all(strict=True))
-
-    def pin(self, cached: Cached, *, pinned: bool) -> None:
+    def pin(self, cached: shelf.Cached, *, pinned: bool) -> None:
         """Keep an image whatever the limits say, or no more; ImageGone."""
         self._backend.images.change_origin(cached.volume.name, pinned=pinned)
 
-    def remove(self, cached: Cached) -> None:
+    def remove(self, cached: shelf.Cached) -> None:
         """Drop an image now; ImageInUse where something counts on it."""
-        if not self._drop([cached]):
+        if not self.shelf.drop([cached]):
             raise errors.ImageInUse(
                 host=self._here.name,
                 image=cached.origin.source,
@@ -178,17 +133,17 @@ class ImageCache:
                 or ("it is pinned" if cached.origin.pinned else "a peer holds it"),
             )
 
-    def prune(self, *, dry_run: bool = False) -> list[Cached]:
+    def prune(self, *, dry_run: bool = False) -> list[shelf.Cached]:
         """Drop idle images beyond the backend's limits; return them.
 
         The least recently used goes first. One that is referenced, held, pinned or
         being fetched stays, whatever the limits say.
         """
-        cached = self.all()
-        beyond = list(self._beyond(cached))
-        return beyond if dry_run else self._drop(beyond)
+        cached = self.shelf.all()
+        beyond = list(self.shelf.beyond(cached))
+        return beyond if dry_run else self.shelf.drop(beyond)
 
-    def check(self, cached: Cached, progress: Progress) -> str:
+    def check(self, cached: shelf.Cached, progress: Progress) -> str:
         """Read an image again; return what is wrong with it, "" if nothing.
 
         That its bytes are those of the record, and by today's rules what was
@@ -201,30 +156,11 @@ class ImageCache:
             )
         return said
 
-    def leftovers(self) -> list[Stored[model.Volume]]:
-        """Return what killed fetchers left, and what was being dropped."""
-        return [
-            stored
-            for stored in self._backend.catalog.all()
-            if (image := stored.body.image) is not None
-            and (
-                stored.body.state is VolumeState.DOOMED
-                or self._slots.is_over(image.key, stored.body, self._lease)
-            )
-        ]
-
-    def clear(self, stored: Stored[model.Volume]) -> bool:
-        """Remove one leftover; False when something counts on it."""
-        if stored.body.state is VolumeState.USABLE:
-            # No slot names it, so nobody comes to count on it any more.
-            return bool(self._drop([Cached(stored.body, ())]))
-        return self._erase(stored)
-
     def sweep(self) -> None:
         """Remove all leftovers, and what lies in staging without a fetcher."""
         fetching.sweep_staging(self._here)
-        for stored in self.leftovers():
-            self.clear(stored)
+        for stored in self.shelf.leftovers():
+            self.shelf.clear(stored)
 
     # Private
 
@@ -258,95 +194,13 @@ class ImageCache:
         for stored in self._backend.catalog.all():
             # What those left who had the slot before.
             if stored.body.image and stored.body.image.key == claim.key:
-                self.clear(stored)
+                self.shelf.clear(stored)
         with claim.beating(self._lease, progress):
             fetcher = fetching.Fetcher(self._here, self._backend)
             image = fetcher.fetch(claim, source, described, progress)
         self.counters.fetched += image.size
         LOG.info("image=%s is volume=%s now", source.origin, image.name)
         return image
-
-    def _cached(self, records: Iterable[Stored[model.Volume]]) -> list[Cached]:
-        images: list[model.Volume] = []
-        users: dict[str, list[str]] = collections.defaultdict(list)
-        for stored in records:
-            volume = stored.body
-            if volume.image is not None and keeping.is_image(volume):
-                images.append(volume)
-            for below in {volume.backing, volume.parent} - {None}:
-                users[str(below)].append(volume.name)
-        found = [Cached(each, tuple(users[each.name])) for each in images]
-        return sorted(found, key=lambda each: each.origin.used)
-
-    def _beyond(self, cached: list[Cached]) -> Iterator[Cached]:
-        """Yield what the limits want dropped, of the idle ones."""
-        limits, now = self._backend.settings.images, time.time()
-        count = len(cached)
-        taken = {each.volume.name: self._taken(each.volume) for each in cached}
-        total, free = sum(taken.values()), self._backend.room()
-        for each in cached:
-            over = (
-                (limits.count and count > limits.count)
-                or (limits.bytes and total > limits.bytes)
-                or (limits.age and now - each.origin.used > limits.age)
-                or free < limits.free
-            )
-            if over and each.is_idle:
-                size = taken[each.volume.name]
-                count, total, free = count - 1, total - size, free + size
-                yield each
-
-    def _taken(self, volume: model.Volume) -> int:
-        try:
-            return self._backend.pool(volume.pool).allocated(volume.name)
-        except errors.VolumeNotFound:
-            return 0
-
-    def _drop(self, wanted: list[Cached]) -> list[Cached]:
-        """Drop what is idle of these; return what was.
-
-        In this order: the generation that is given up was read before the look at
-        what stands on it, so that what began to do so since then is seen.
-        """
-        names = {each.volume.name for each in wanted}
-        seen = {
-            s.name: s for s in self._backend.catalog.all(strict=True) if s.name in names
-        }
-        now = {
-            c.volume.name: c
-            for c in self._cached(self._backend.catalog.all(strict=True))
-        }
-        dropped = []
-        for name, stored in seen.items():
-            if name in now and now[name].is_idle and self._doom(stored):
-                dropped.append(now[name])
-        return dropped
-
-    def _doom(self, stored: Stored[model.Volume]) -> bool:
-        if not self._backend.images.doom(stored):
-            return False
-        self.counters.evictions += 1
-        self._erase(stored)
-        return True
-
-    def _erase(self, stored: Stored[model.Volume]) -> bool:
-        """Remove what nobody can count on any more; False when that has to wait."""
-        try:
-            self._backend.remove(stored.name)
-        except errors.VolumeInUse as e:
-            # By a clone that began at the same moment, and is giving way.
-            LOG.info("%s; it goes with a later sweep", e)
-            return False
-        image = stored.body.image
-        if image is not None:
-            self._slots.forget(image.key, stored.name)
-            LOG.info(
-                "backend=%s image=%s volume=%s dropped",
-                self._backend.name,
-                image.source,
-                stored.name,
-            )
-        return True
 
 
 class Caches:
@@ -365,7 +219,9 @@ class Caches:
         """Return those whose backend is there."""
         return [self.of(backend) for backend in self._here.up()]
 
-    def find(self, key: str, backend: str | None = None) -> tuple[ImageCache, Cached]:
+    def find(
+        self, key: str, backend: str | None = None
+    ) -> tuple[ImageCache, shelf.Cached]:
         """Return an image by its key, or by the beginning of it.
 
         Arguments:
@@ -377,7 +233,7 @@ class Caches:
             (cache, cached)
             for cache in self.up()
             if backend in (None, cache.backend)
-            for cached in cache.all()
+            for cached in cache.shelf.all()
             if key and cached.origin.key.startswith(key)
         ]
         if len(found) != 1:

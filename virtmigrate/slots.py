@@ -18,12 +18,17 @@ import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import errors, model, record, sources, storagepool
-from virtmigrate.backends import layout
+from virtmigrate.backends import catalog, layout
 from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
 
 PREFIX = f"{layout.RESERVED}image-"
+
+
+_PATIENCE = 10
+"""Leases without a sign of life after which nobody is believed to fetch, by who does
+not wait for it and has no clock of his own."""
 
 
 class Lost(Exception):
@@ -38,11 +43,20 @@ def key_of(origin: str, described: sources.Described) -> str:
     return blake3.blake3("\0".join(words).encode()).hexdigest()[:32]
 
 
+class _Store(record.Store[model.Slot]):
+    """The records of slots, and no others."""
+
+    def newest(self) -> dict[str, int]:
+        found = super().newest()
+        return {n: g for n, g in found.items() if n.startswith(PREFIX)}
+
+
 class Slots:
     """The slots of one backend. Safe to share between threads."""
 
     def __init__(self, pool: storagepool.Pool, grace: float) -> None:
-        self._store = record.Store(pool, model.Slot, grace=grace)
+        self._store = _Store(pool, model.Slot, grace=grace)
+        self._catalog = catalog.Catalog(self._store)
 
     def find(self, key: str) -> record.Stored[model.Slot] | None:
         return self._store.find(PREFIX + key)
@@ -61,15 +75,23 @@ class Slots:
             return None
         return Claim(self._store, stored)
 
-    def is_over(self, key: str, volume: model.Volume, lease: float) -> bool:
-        """Tell whether an image's slot neither names a volume nor is to."""
-        found = self.find(key)
+    def all(self) -> dict[str, record.Stored[model.Slot]]:
+        """Return all slots by the keys of their images."""
+        return {stored.body.key: stored for stored in self._catalog.all()}
+
+    def is_over(
+        self,
+        found: record.Stored[model.Slot] | None,
+        volume: model.Volume,
+        lease: float,
+    ) -> bool:
+        """Tell whether the slot of an image neither names a volume nor is to."""
         if found is None or found.body.operation != volume.operation:
             return True
         if found.body.volume or found.body.failed:
             return found.body.volume != volume.name
-        # By the clock of the storage's host: no more than a hint, so it is doubled.
-        return time.time() - self._store.written(found) > 2 * lease
+        # By the clock of the storage's host, which may be another one's.
+        return time.time() - self._store.written(found) > _PATIENCE * lease
 
     def forget(self, key: str, volume: str) -> None:
         """Remove the slot of an image that is gone."""

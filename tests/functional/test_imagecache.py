@@ -149,7 +149,7 @@ class Place:
         for stored in [*self.backend.catalog.all()]:
             if stored.body.role is not Role.IMAGE:
                 self.backend.remove(stored.name)
-        for cached in self.cache.all():
+        for cached in self.cache.shelf.all():
             if cached.origin.pinned:
                 self.cache.pin(cached, pinned=False)
             self.backend.images.release(OPERATION)
@@ -341,7 +341,7 @@ def test_what_is_being_fetched_is_not_swept(place: Place) -> None:
 
 def test_clones_refer_to_their_image(place: Place) -> None:
     first, second = place.clone(), place.clone()
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     names = tuple(sorted((first.name, second.name)))
     assert tuple(sorted(cached.references)) == names or not cached.references
     if cached.references:
@@ -350,7 +350,7 @@ def test_clones_refer_to_their_image(place: Place) -> None:
         assert place.backend.volumes.find(cached.volume.name) is not None
     for volume in (first, second):
         place.backend.remove(volume.name)
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert cached.is_idle
     place.cache.remove(cached)
     place.expect_nothing()
@@ -361,7 +361,7 @@ def test_a_clone_and_a_removal_at_once(
 ) -> None:
     """The removal looked before the clone was recorded: it gives way."""
     place.cache.obtain(place.source())
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     real = type(place.backend.images).doom
     made: list[model.Volume] = []
 
@@ -382,13 +382,13 @@ def test_a_removal_before_the_clone_counts(
 ) -> None:
     """The clone found the image, and it is gone: it is fetched again."""
     place.cache.obtain(place.source())
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     real = type(place.backend.images).count_on
     gone: list[bool] = []
 
     def late(self: Any, name: str) -> None:
         if not gone:
-            gone.append(place.fresh()._doom(place.backend.volumes.read(name)))
+            gone.append(place.fresh().shelf._doom(place.backend.volumes.read(name)))
         real(self, name)
 
     monkeypatch.setattr(type(place.backend.images), "count_on", late)
@@ -396,7 +396,7 @@ def test_a_removal_before_the_clone_counts(
     made = place.clone(source)
     assert gone == [True]
     place.cache.sweep()
-    (now,) = place.cache.all()
+    (now,) = place.cache.shelf.all()
     assert (source.reads, now.volume.name != cached.volume.name) == (1, True)
     names = {now.volume.name, made.name}
     assert set(place.backend.volumes.names()) == names
@@ -404,7 +404,7 @@ def test_a_removal_before_the_clone_counts(
 
 def test_killed_while_it_drops(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.cache.obtain(place.source())
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
 
     def die(name: str) -> None:
         raise errors.StorageError(host="x", pool="x", reason="killed")
@@ -413,7 +413,7 @@ def test_killed_while_it_drops(place: Place, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(place.backend, "remove", die)
         with pytest.raises(errors.StorageError):
             place.cache.remove(cached)
-    assert place.cache.all() == []
+    assert place.cache.shelf.all() == []
     place.cache.sweep()
     place.expect_nothing()
     place.cache.obtain(place.source())
@@ -445,7 +445,7 @@ def test_the_least_recently_used_goes_first(place: Place) -> None:
     assert [each.volume.name for each in place.cache.prune(dry_run=True)] == [
         second.name
     ]
-    assert len(place.cache.all()) == 3
+    assert len(place.cache.shelf.all()) == 3
     place.cache.prune()
     assert place.images() == sorted([first.name, third.name])
 
@@ -462,7 +462,7 @@ def test_limits(place: Place, limits: dict[str, int]) -> None:
 
 def test_what_is_pinned_held_or_used_stays(place: Place) -> None:
     pinned, held, used = images(place, 3)
-    by_name = {each.volume.name: each for each in place.cache.all()}
+    by_name = {each.volume.name: each for each in place.cache.shelf.all()}
     place.cache.pin(by_name[pinned.name], pinned=True)
     hold = model.Hold(operation=OPERATION, until=time.time() + 600)
     assert held.digest is not None
@@ -472,7 +472,7 @@ def test_what_is_pinned_held_or_used_stays(place: Place) -> None:
     limited(place, count=1, bytes=1)
     stays = {pinned.name, held.name}
     if place.backend.volumes.find(used.name) and by_name:
-        stays |= {c.volume.name for c in place.cache.all() if c.references}
+        stays |= {c.volume.name for c in place.cache.shelf.all() if c.references}
     place.cache.prune()
     assert set(place.images()) == stays
 
@@ -493,16 +493,16 @@ def test_a_record_that_cannot_be_read_keeps_all(place: Place) -> None:
 def test_check_reads_it_again(place: Place) -> None:
     (image,) = images(place, 1)
     place.backend.images.change_origin(image.name, rules=0, checked=0.0)
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert place.cache.check(cached, Progress()) == ""
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert (cached.origin.rules, cached.origin.checked > 0) == (door.RULES, True)
     assert image.digest is not None
     wrong = msgspec.structs.replace(
         cached.volume, digest=msgspec.structs.replace(image.digest, root="00" * 32)
     )
     place.backend.update(wrong)
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert "bytes" in place.cache.check(cached, Progress())
     place.backend.update(msgspec.structs.replace(wrong, digest=image.digest))
 
@@ -529,7 +529,7 @@ def instance(place: Place, source_path: Path, image_id: str = "one") -> Any:
 
 def test_instances_stand_on_one_image(place: Place) -> None:
     first, second = (instance(place, place.image) for _ in range(2))
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert place.cache.counters.misses == 1
     for each in (first, second):
         assert place.side.state_of(each) == "running"
@@ -553,7 +553,7 @@ def test_a_spawn_that_fails_leaves_its_image(
     monkeypatch.setattr(type(place.here.domains), "define", fail)
     with pytest.raises(errors.HostError):
         instance(place, place.image)
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert cached.is_idle
     assert place.backend.volumes.names() == [cached.volume.name]
 
@@ -578,11 +578,13 @@ def test_what_libvirt_says_of_an_image_is_not_believed(
 
     monkeypatch.setattr(libvirt.virStorageVol, "XMLDesc", lie)
     made = instance(place, place.image)
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     assert (cached.volume.size, cached.volume.format.value) == (SIZE, "raw")
     assert place.side.root(made) == told(content())
     place.side.driver.destroy(None, made, None)
-    assert [each.volume.name for each in place.cache.all()] == [cached.volume.name]
+    assert [each.volume.name for each in place.cache.shelf.all()] == [
+        cached.volume.name
+    ]
 
 
 # The command
@@ -630,7 +632,7 @@ def test_storage_check_knows_of_images(
     """One that is being dropped, and was left, is found, and goes with a repair."""
     place.cache.obtain(place.source())
     assert consistency.check(place.here) == []
-    (cached,) = place.cache.all()
+    (cached,) = place.cache.shelf.all()
     place.backend.images.doom(place.backend.volumes.read(cached.volume.name))
     (found,) = consistency.check(place.here)
     assert (found.name, found.kind) == (cached.volume.name, consistency.Kind.HALF_MADE)

@@ -20,7 +20,8 @@ import sandbox
 from sandbox import guest
 from sandbox.ceph import Ceph
 from tests.functional import places
-from tests.functional.test_kinds import Cancelling, Kinds, Side
+from tests.functional.sides import Kinds, Side
+from tests.functional.test_kinds import Cancelling
 from virtmigrate import errors, model, takeover
 
 LONG = 60.0

@@ -81,6 +81,7 @@ FLOORS = {
     "consistency": 6,
     "filling": 5,
     "slots": 5,
+    "shelf": 5,
     "fetching": 5,
     "imagecache": 6,
     "spawning": 7,

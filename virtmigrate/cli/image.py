@@ -5,7 +5,7 @@ import argparse
 import datetime
 from typing import Any
 
-from virtmigrate import imagecache, mapping
+from virtmigrate import imagecache, mapping, shelf
 from virtmigrate.cli import command, display, outcome
 
 _KEY = 12
@@ -19,7 +19,9 @@ class List(command.Lister):
         with self.open() as session:
             caches = imagecache.Caches(session.look())
             rows = [
-                _row(cache, cached) for cache in caches.up() for cached in cache.all()
+                _row(cache, cached)
+                for cache in caches.up()
+                for cached in cache.shelf.all()
             ]
         return _COLUMNS, rows
 
@@ -135,7 +137,7 @@ class Check(command.Lister):
         with self.open() as session, display.working(self.app.stderr) as progress:
             caches = imagecache.Caches(session.look())
             for cache in caches.up():
-                for cached in cache.all():
+                for cached in cache.shelf.all():
                     if not cached.origin.key.startswith(parsed_args.image):
                         continue
                     if parsed_args.backend in (None, cache.backend):
@@ -172,7 +174,7 @@ class Prune(command.Lister):
 _COLUMNS = ("backend", "key", "source", "size", "references", "kept", "used")
 
 
-def _row(cache: imagecache.ImageCache, cached: imagecache.Cached) -> tuple[Any, ...]:
+def _row(cache: imagecache.ImageCache, cached: shelf.Cached) -> tuple[Any, ...]:
     origin = cached.origin
     words = (("pinned", origin.pinned), ("held", cached.is_held))
     return (
@@ -198,7 +200,7 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 def _find(
     here: Any, parsed_args: argparse.Namespace
-) -> tuple[imagecache.ImageCache, imagecache.Cached]:
+) -> tuple[imagecache.ImageCache, shelf.Cached]:
     return imagecache.Caches(here).find(parsed_args.image, parsed_args.backend)
 
 

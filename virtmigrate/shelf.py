@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images that lie in one backend: what counts on them, and how one goes.
+
+Whoever makes a disk publishes its record, which names the image, before counting on
+the image, and that makes a new generation of the image's record. Whoever drops an
+image reads its generation before looking at all records, and gives it up only if it
+is still the newest. So of the two at the same moment one sees the other.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+
+from oslo_log import log as logging
+
+from virtmigrate import errors, model, slots
+from virtmigrate.backends import base, keeping
+from virtmigrate.model import VolumeState
+from virtmigrate.record import Stored
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Counters:
+    """What this process saw since it began."""
+
+    hits: int = 0
+    misses: int = 0
+    fetched: int = 0
+    """Bytes of volumes that were made."""
+    evictions: int = 0
+    waits: int = 0
+    """Times that somebody waited for what another one fetched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """One image, as it is now."""
+
+    volume: model.Volume
+    references: tuple[str, ...]
+    """Volumes that stand on it."""
+
+    @property
+    def origin(self) -> model.Origin:
+        assert self.volume.image is not None
+        return self.volume.image
+
+    @property
+    def is_held(self) -> bool:
+        """Tell whether a peer counts on it for a move."""
+        return any(hold.until > time.time() for hold in self.volume.holds)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.references or self.is_held or self.origin.pinned)
+
+
+class Shelf:
+    """The images of one backend. Safe to share between threads."""
+
+    def __init__(self, backend: base.Backend, held: slots.Slots, lease: float) -> None:
+        self._backend = backend
+        self._slots = held
+        self._lease = lease
+        self.counters = Counters()
+
+    def all(self) -> list[Cached]:
+        """Return all images, the least recently used first.
+
+        Raises RecordBroken for any record that cannot be read: it may be what
+        stands on an image.
+        """
+        return self._cached(self._backend.catalog.all(strict=True))
+
+    def leftovers(self) -> list[Stored[model.Volume]]:
+        """Return what killed fetchers left, and what was being dropped."""
+        images = [s for s in self._backend.catalog.all() if s.body.image is not None]
+        # After the images: a slot is there before they are.
+        held = self._slots.all() if images else {}
+        return [each for each in images if self._is_left(each.body, held)]
+
+    def clear(self, stored: Stored[model.Volume]) -> bool:
+        """Remove one leftover; False when something counts on it."""
+        if stored.body.state is VolumeState.USABLE:
+            # No slot names it, so nobody comes to count on it any more.
+            return bool(self.drop([Cached(stored.body, ())]))
+        return self._erase(stored)
+
+    def beyond(self, cached: list[Cached]) -> Iterator[Cached]:
+        """Yield what the limits want dropped, of the idle ones."""
+        limits, now = self._backend.settings.images, time.time()
+        count = len(cached)
+        counts_bytes = limits.bytes or limits.free
+        taken = {
+            each.volume.name: self._taken(each.volume) if counts_bytes else 0
+            for each in cached
+        }
+        total, free = sum(taken.values()), self._backend.room()
+        for each in cached:
+            over = (
+                (limits.count and count > limits.count)
+                or (limits.bytes and total > limits.bytes)
+                or (limits.age and now - each.origin.used > limits.age)
+                or free < limits.free
+            )
+            if over and each.is_idle:
+                size = taken[each.volume.name]
+                count, total, free = count - 1, total - size, free + size
+                yield each
+
+    def drop(self, wanted: list[Cached]) -> list[Cached]:
+        """Drop what is idle of these; return what was.
+
+        In this order: the generation that is given up was read before the look at
+        what stands on it, so that what began to do so since then is seen.
+        """
+        names = {each.volume.name for each in wanted}
+        seen = {
+            s.name: s for s in self._backend.catalog.all(strict=True) if s.name in names
+        }
+        now = {
+            c.volume.name: c
+            for c in self._cached(self._backend.catalog.all(strict=True))
+        }
+        dropped = []
+        for name, stored in seen.items():
+            if name in now and now[name].is_idle and self._doom(stored):
+                dropped.append(now[name])
+        return dropped
+
+    # Private
+
+    def _cached(self, records: Iterable[Stored[model.Volume]]) -> list[Cached]:
+        images: list[model.Volume] = []
+        users: dict[str, list[str]] = collections.defaultdict(list)
+        for stored in records:
+            volume = stored.body
+            if volume.image is not None and keeping.is_image(volume):
+                images.append(volume)
+            for below in {volume.backing, volume.parent} - {None}:
+                users[str(below)].append(volume.name)
+        found = [Cached(each, tuple(users[each.name])) for each in images]
+        return sorted(found, key=lambda each: each.origin.used)
+
+    def _is_left(
+        self, volume: model.Volume, held: dict[str, Stored[model.Slot]]
+    ) -> bool:
+        if volume.state is VolumeState.DOOMED:
+            return True
+        assert volume.image is not None
+        found = held.get(volume.image.key)
+        return self._slots.is_over(found, volume, self._lease)
+
+    def _taken(self, volume: model.Volume) -> int:
+        try:
+            return self._backend.pool(volume.pool).allocated(volume.name)
+        except errors.VolumeNotFound:
+            return 0
+
+    def _doom(self, stored: Stored[model.Volume]) -> bool:
+        if not self._backend.images.doom(stored):
+            return False
+        self.counters.evictions += 1
+        self._erase(stored)
+        return True
+
+    def _erase(self, stored: Stored[model.Volume]) -> bool:
+        """Remove what nobody can count on any more; False when that has to wait."""
+        try:
+            self._backend.remove(stored.name)
+        except errors.VolumeInUse as e:
+            # By a clone that began at the same moment, and is giving way.
+            LOG.info("%s; it goes with a later sweep", e)
+            return False
+        image = stored.body.image
+        if image is not None:
+            self._slots.forget(image.key, stored.name)
+            LOG.info(
+                "backend=%s image=%s volume=%s dropped",
+                self._backend.name,
+                image.source,
+                stored.name,
+            )
+        return True
