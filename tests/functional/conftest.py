@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import types
@@ -80,11 +81,9 @@ def pytest_collection_modifyitems(
         _drop(config, items, [item for item in items if _is_on_lvm(item.nodeid)])
     if config.getoption("--full"):
         return
-    for kind, count in places.SHARE.items():
-        contract = [item for item in items if _kind_of(item.nodeid) == kind]
-        _sample(config, items, contract, count)
-    inside = "test_what_the_groups_own_host_can_do["
-    _sample(config, items, [item for item in items if inside in item.nodeid], 2)
+    for pattern, count in places.SHARE.items():
+        found = [item for item in items if re.search(pattern, item.nodeid)]
+        _sample(config, items, found, count)
 
 
 def _sample(
@@ -105,8 +104,7 @@ def _drop(
 
 
 def _is_on_lvm(test: str) -> bool:
-    modules = ("test_lvm.py", "test_sandbox_machine.py")
-    return _kind_of(test) == "lvm" or any(module in test for module in modules)
+    return re.search(r"test_lvm\.py|test_sandbox_machine\.py|\[lvm", test) is not None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -159,9 +157,7 @@ def machine(box: Sandbox) -> Iterator[Callable[[], Machine]]:
     def start() -> Machine:
         if not started:
             started.append(box.add_machine("gamma"))
-            pool = started[0].group
-            for verb in ("pool-destroy", "pool-undefine"):
-                started[0].run(["virsh", "-q", "-c", Machine.local_uri, verb, pool])
+            places.free_group(started[0])
         return started[0]
 
     yield start

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """LVM: moves to a volume group and from it, and nobody sees anybody's old bytes.
 
-One machine has one group, so moves are between it and a directory. Its driver runs
-outside, over TLS, where only libvirt reaches the group; what a process on its own host
-can do besides is shown inside, by inside.py.
+One machine has one group; most moves are between it and a directory, and one, in full
+runs, between the groups of two machines. The driver of a group runs outside, over TLS,
+where only libvirt reaches it; what a process on its own host can do besides is shown
+inside, by inside.py.
 """
 
 import os
@@ -51,6 +52,24 @@ def kinds(
 
 
 @pytest.fixture
+def groups(
+    kinds: Kinds, box: sandbox.Sandbox, tmp_path: Path
+) -> Iterator[tuple[Kinds, sandbox.Machine]]:
+    """Volume groups on both sides, and the machine of the second."""
+    delta = box.add_machine("delta")
+    try:
+        places.free_group(delta)
+        group = {"kind": "lvm", "lvm_group": delta.group}
+        side = Side(delta, tmp_path / "c", group, "thegroup", places.GRACE["lvm"])
+        try:
+            yield Kinds(kinds.b, side, tmp_path), delta
+        finally:
+            side.close()
+    finally:
+        box.remove_machine(delta.name)
+
+
+@pytest.fixture
 def backend(kinds: Kinds) -> Iterator[lvm.LvmBackend]:
     found = kinds.b.driver.node.backend("thelvm")
     assert isinstance(found, lvm.LvmBackend)
@@ -61,7 +80,7 @@ def backend(kinds: Kinds) -> Iterator[lvm.LvmBackend]:
 
 
 def nothing_stays(kinds: Kinds) -> bool:
-    assert kinds.b.driver.node.backend("thelvm").drain(60)
+    assert kinds.b.driver.node.backend(kinds.b.name).drain(60)
     return not [n for side in (kinds.a, kinds.b) for n in side.volumes() if "vda" in n]
 
 
@@ -149,7 +168,7 @@ def test_what_the_groups_own_host_can_do(
     machine().write_file("/run/inside.conf", text)
     argv = [machine().python, "-m", "tests.functional.inside", "/run/inside.conf", what]
     try:
-        told = machine().run(argv, timeout=100).stdout
+        told = machine().run(argv, timeout=240).stdout
     finally:
         # Another process renamed and made volumes behind this one's back.
         backend.disks.refresh()
@@ -169,12 +188,13 @@ made.cleanup_host("gamma")
 """
 
 
-def settle_inside(kinds: Kinds, machine: sandbox.Machine) -> None:
+def settle_inside(side: Side, machine: sandbox.Machine) -> None:
     """Let the group's own host finish what a driver far away began."""
-    text = kinds.b.config.read_text()
+    text = side.config.read_text()
     text = text.replace(machine.uri, machine.local_uri, 1)
     machine.write_file("/run/settle.conf", text)
-    print(machine.run([machine.python, "-c", SETTLE], timeout=90).stdout)
+    code = SETTLE.replace("gamma", machine.name)
+    print(machine.run([machine.python, "-c", code], timeout=90).stdout)
 
 
 def test_moved_to_a_group_and_back(
@@ -191,7 +211,7 @@ def test_moved_to_a_group_and_back(
     # From afar nothing is made durable, and the source keeps its own until it is.
     with pytest.raises(errors.NotConfirmable, match="durable"):
         kinds.a.driver.confirm_migration(None, None, instance, None)
-    settle_inside(kinds, machine())
+    settle_inside(kinds.b, machine())
     kinds.a.driver.confirm_migration(None, None, instance, None)
     kinds.b.driver.settle()
     returning = Kinds(kinds.b, kinds.a, tmp_path)
@@ -225,7 +245,7 @@ def test_layers_become_one_logical_volume(
     before = kinds.a.root(instance)
     kinds.move(instance)
     assert kinds.b.root(instance) == before
-    settle_inside(kinds, machine())
+    settle_inside(kinds.b, machine())
     kinds.a.driver.confirm_migration(None, None, instance, None)
     assert not [name for name in kinds.a.volumes() if "vda" in name]
     kinds.b.driver.settle()
@@ -248,8 +268,34 @@ def test_resized_within_the_group(
     assert kinds.b.disk(instance)[1] == volume
     assert kinds.b.root(instance) == before
     there.move(instance, memory_mb=80)
-    settle_inside(kinds, machine())
+    settle_inside(kinds.b, machine())
     kinds.b.driver.confirm_migration(None, None, instance, None)
     assert kinds.b.root(instance) == before
+    kinds.b.driver.destroy(None, instance, None)
+    assert nothing_stays(kinds)
+
+
+def test_moved_between_two_groups(groups: tuple[Kinds, sandbox.Machine]) -> None:
+    """Reverted, then moved for good."""
+    kinds, delta = groups
+    instance = kinds.spawn()
+    before = kinds.a.root(instance)
+    kinds.move(instance)
+    assert kinds.b.root(instance) == before
+    assert kinds.b.disk(instance)[0] == "thegroup"
+    assert 0 < kinds.sent() < SIZE
+    kinds.b.driver.destroy(None, instance, None)
+    kinds.a.driver.finish_revert_migration(None, instance)
+    assert kinds.a.state_of(instance) == "running"
+    assert kinds.a.root(instance) == before
+    kinds.move(instance)
+    settle_inside(kinds.b, delta)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.settle()
+    assert kinds.a.state_of(instance) is None
+    assert kinds.b.state_of(instance) == "running"
+    assert kinds.b.root(instance) == before
+    assert kinds.a.driver.node.backend(kinds.a.name).drain(60)
+    assert not [name for name in kinds.a.volumes() if "vda" in name]
     kinds.b.driver.destroy(None, instance, None)
     assert nothing_stays(kinds)

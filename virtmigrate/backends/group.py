@@ -163,12 +163,16 @@ class GroupPool(storagepool.Pool):
     def resize(self, name: str, size: int) -> None:
         """Cut a volume, or add zeros to it; can be called again after a kill.
 
-        A tag says from where on it shows old bytes, from before it grows until they
-        are zeroed.
+        Raises StorageError for a snapshot, which is as long as its origin. A tag says
+        from where on a volume shows old bytes, from before it grows until they are
+        zeroed.
         """
         with self._commands:
             self._finish_growing(name)
-            before = int(self._shown(name, "lv_size"))
+            shown, *origin = self._shown(name, "lv_size,origin").split()
+            if origin:
+                raise self._failed(f"{name} is a snapshot: its size cannot be changed")
+            before = int(shown)
             if size < before:
                 self._command("lvreduce", "--force", *self._to(size), self._at(name))
             elif size > before:
