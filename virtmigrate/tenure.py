@@ -9,7 +9,7 @@ operator's word.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import msgspec
 from oslo_log import log as logging
@@ -92,10 +92,14 @@ class Tenures:
             if self.holder(backend, gone.uuid) is None:
                 self._change(backend, gone.uuid, passed)
 
-    def drop(self, uuid: str) -> None:
-        """Remove what is ours of an instance that is gone; can be called again."""
+    def drop(self, uuid: str, keep: Container[str] = ()) -> None:
+        """Remove what is ours of an instance that is gone; can be called again.
+
+        Arguments:
+            keep: names of backends that still have disks of it.
+        """
         for backend in self._backends.values():
-            if backend.capabilities.shared:
+            if backend.capabilities.shared and backend.name not in keep:
                 found = self._find(backend, uuid)
                 if found is not None and found.host == self._host:
                     backend.tenures.remove(uuid)

@@ -79,6 +79,10 @@ class Place:
         assert (name, volume.format) == (backend, DiskFormat.RAW)
         assert self.side.root(instance) == root
         assert self.volumes() == {f"{name}/{volume.name}"}
+        # Other hosts see where the images lie, and are told who may run it.
+        tenure = node.backend(IMAGES).tenures.find(instance.uuid)
+        assert (tenure is not None) == (backend == IMAGES)
+        assert tenure is None or tenure.body.host == node.name
 
     def volumes(self) -> set[str]:
         """All volumes of disks, without their records."""

@@ -260,7 +260,7 @@ class Departure:
                     backend.remove(volume.name)
             elif left:
                 self._remove_or_retire(backend, left[0], roots.get(sent.name))
-        self._here.tenures.drop(self._original.uuid)
+        self._let_go()
         stored = self._here.instances.find(self._original.uuid)
         if (
             stored
@@ -269,6 +269,14 @@ class Departure:
             and (stored.body.host == self._here.name)
         ):
             self._here.instances.remove(self._original.uuid)
+
+    def _let_go(self) -> None:
+        """Give up what says that this host may run it; not where it still is."""
+        uuid = self._original.uuid
+        own = self._here.own_record(uuid)
+        stays = own is not None and own.state is not InstanceState.AWAY
+        used = {ref.backend for ref in own.disks} if own and stays else set()
+        self._here.tenures.drop(uuid, keep=used)
 
     def _left(
         self, backend: base.Backend, sent: model.TransferVolume

@@ -63,6 +63,9 @@ class Undo:
                 self._journal.done("taken back")
             self._restore_states()
             self._restore(power_on)
+            # A move within this host had it in other backends.
+            used = {ref.backend for ref in self._original.disks}
+            self._here.tenures.drop(self._original.uuid, keep=used)
             self._drop_layers()
             facts.drop_memory(self._here, self._journal)
             self._journal.done("restored")
