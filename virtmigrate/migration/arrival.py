@@ -39,6 +39,7 @@ class Arrival:
         """Import the volumes, define the domain, start it, and say so."""
         noted = self.note()
         imported = [self._import(v) for v in reversed(self._transfer.volumes)]
+        self._count_on_images()
         wanted = complete(self._stored)
         if not self._here.domains.exists(wanted.uuid):
             self._define(wanted)
@@ -179,6 +180,15 @@ class Arrival:
             return is_free or gave_to_itself(found, self._transfer.operation)
         away = found.state is InstanceState.AWAY
         return away and found.operation == self._transfer.operation
+
+    def _count_on_images(self) -> None:
+        """Say that the layers, which are recorded now, stand on images of this host.
+
+        Raises ImageGone: the lease of the move was over, and the image was dropped.
+        """
+        for volume in self._transfer.volumes:
+            if volume.held:
+                self._backend(volume).images.count_on(volume.name)
 
     def _import(self, volume: model.TransferVolume) -> bool:
         """Make an incoming volume one of ours; return whether it is durable."""
