@@ -67,7 +67,7 @@ class Fetcher:
             came = place / "image"
             checksum = self._download(source, described, came, progress, check)
             progress.phase("checking at the door")
-            found = door.inspect(came, described.format, self._limits)
+            found = door.inspect(came, described.format, self._limits, check)
             raw, length = came, came.stat().st_size
             if found.format not in _PLAIN:
                 raw, length = place / "raw", found.virtual_size
@@ -117,6 +117,11 @@ class Fetcher:
                 source, write, check, max_size=self._limits.max_size
             )
             file.truncate(received.size)
+        if source.described() != described:
+            # Its key says what was described before.
+            raise errors.SourceChanged(
+                volume=source.origin, reason="it became another image meanwhile"
+            )
         return f"{received.checksum.algorithm}:{received.checksum.hex}"
 
     def _fill(

@@ -233,6 +233,18 @@ def test_another_content_is_another_image(place: Place) -> None:
     assert place.root(image) == told(content())
 
 
+def test_a_source_that_changes_between(place: Place) -> None:
+    """After its key was made, and before it was read."""
+    source = place.source(delay=0.5)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(place.cache.obtain, source)
+        assert source.begun.wait(30)
+        place.image.write_bytes(content(b"other"))
+        with pytest.raises(errors.SourceChanged):
+            fetched.result(60)
+    place.expect_nothing()
+
+
 def test_many_at_once_fetch_once(place: Place) -> None:
     source = place.source(delay=1)
     caches = [place.fresh() for _ in range(4)]
