@@ -201,7 +201,7 @@ def test_what_another_host_set_aside_stays(
 ) -> None:
     """On storage that hosts share: its transfers are in a mailbox of its own."""
     shared = dataclasses.replace(place.local.capabilities, shared=True)
-    monkeypatch.setattr(type(place.local), "capabilities", shared)
+    monkeypatch.setattr(place.local, "capabilities", shared)
     place.transfer()
     path = place.put(b"data", errand.aside_name(REUSE).replace(OPERATION, OTHER))
     place.fresh().look()
