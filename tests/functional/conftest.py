@@ -79,6 +79,9 @@ def pytest_collection_modifyitems(
     slow kinds take a seeded share, unless --full."""
     if "lvm" not in config.getoption("--require-backends").split(","):
         _drop(config, items, [item for item in items if _is_on_lvm(item.nodeid)])
+    for item in filter(lambda item: _is_on_lvm(item.nodeid), items):
+        # The first one also waits for the machine.
+        item.add_marker(pytest.mark.timeout(600))
     if config.getoption("--full"):
         return
     for pattern, count in places.SHARE.items():
