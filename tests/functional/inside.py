@@ -172,22 +172,25 @@ def a_longer_clone_is_copied(backend: lvm.LvmBackend) -> None:
 
 
 def what_has_snapshots_stays(backend: lvm.LvmBackend) -> None:
-    """LVM would take them away with their origin."""
+    """LVM would take them away with their origin, records or not."""
     made = cloned(backend, image_of(backend), "vda.1")
+    aside = f"vda-r1.{OPERATION}", f"vda.{OPERATION}", SIZE
     refused(lambda: backend.remove("image"), errors.VolumeInUse)
-    backend.volumes.remove(made.name)
-    refused(lambda: backend.remove("image"), errors.VolumeInUse)
-    backend.volumes.publish(made.name, made)
     refused(lambda: backend.flatten(made.name), errors.Unsupported)
     refused(lambda: backend.grow(made.name, 2 * SIZE), errors.StorageError)
-    aside = f"vda-r1.{OPERATION}", f"vda.{OPERATION}", SIZE
     refused(lambda: backend.set_aside(made, *aside), errors.Unsupported)
+    backend.volumes.remove(made.name)
+    refused(lambda: backend.remove("image"), errors.VolumeInUse)
     assert shown(backend, made.name) == content()
+
+
+def a_snapshot_goes_alone(backend: lvm.LvmBackend) -> None:
+    made = cloned(backend, image_of(backend), "vda.1")
     backend.remove(made.name)
-    assert backend.drain(60)
+    assert backend.drain(100)
     assert shown(backend, "image") == content()
     backend.remove("image")
-    assert backend.drain(60)
+    assert backend.drain(100)
     assert not {"image", made.name} & set(backend.disks.names())
 
 
@@ -224,6 +227,7 @@ SHOWN: tuple[Callable[[lvm.LvmBackend], None], ...] = (
     a_snapshot_has_room_for_all,
     a_longer_clone_is_copied,
     what_has_snapshots_stays,
+    a_snapshot_goes_alone,
     a_failed_snapshot_leaves_nothing,
 )
 
