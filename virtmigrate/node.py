@@ -309,7 +309,7 @@ class Node:
             # One that is down keeps what it may have only of those that name it.
             if backend.name not in self.down or backend.name in used or not used:
                 self._remove_volumes(backend, uuid)
-        self.tenures.drop(uuid)
+        self.tenures.drop(uuid, used)
         self.instances.remove(uuid)
 
     def backend(self, name: str) -> base.Backend:
@@ -324,20 +324,8 @@ class Node:
 
     @contextlib.contextmanager
     def _starting(self, uuid: str) -> Iterator[None]:
-        """Have the right to start an instance; what lost it meanwhile is stopped."""
-        found = self.entitled(uuid)
-        if not self.tenures.concern(found):
+        with self.tenures.starting(self.entitled(uuid), self.domains):
             yield
-            return
-        # libvirt would start it with the host, and ask nobody.
-        self.domains.forbid_autostart(uuid)
-        with_xml = msgspec.structs.replace(found, domain_xml=self.domains.xml(uuid))
-        try:
-            with self.tenures.starting(with_xml):
-                yield
-        except errors.HeldElsewhere:
-            self.domains.kill(uuid)
-            raise
 
     def _ensure(self, backend: base.Backend) -> bool:
         """Have a backend's pools; False, and a line in the log, when it is down."""

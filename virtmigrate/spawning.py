@@ -101,11 +101,12 @@ class Spawner:
         disks = _Volumes(self._here, self._caches, wanted, operation, undo).make()
         record = msgspec.structs.replace(record, disks=disks)
         self._here.publish_instance(record)
+        used = {ref.backend for ref in disks}
+        undo.add("let it go", lambda: self._here.tenures.drop(wanted.uuid, used))
         undo.add("undefine the domain", lambda: self._undefine(wanted.uuid))
         self._here.domains.define(domainxml.build(self._domain(wanted, record)))
 
     def _forget(self, uuid: str) -> None:
-        self._here.tenures.drop(uuid)
         self._here.instances.remove(uuid)
 
     def _undefine(self, uuid: str) -> None:

@@ -141,8 +141,10 @@ def _demand_free(here: node.Node, uuid: str) -> None:
             raise _refused(
                 here, uuid, f"its move to this host ({stored.name}) is not over"
             )
-    if here.domains.exists(uuid) and here.domains.power(uuid) is not Power.OFF:
-        raise _refused(here, uuid, "a domain of it runs here")
+    power = here.domains.power(uuid) if here.domains.exists(uuid) else Power.OFF
+    if power is not Power.OFF:
+        reason = f"its domain here is {power.value}; destroy what is left of it here"
+        raise _refused(here, uuid, reason)
 
 
 def _placed(here: node.Node, found: model.Instance) -> model.Instance:

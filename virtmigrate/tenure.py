@@ -9,12 +9,12 @@ operator's word.
 """
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model
+from virtmigrate import errors, instance, model
 from virtmigrate.backends import base
 
 LOG = logging.getLogger(__name__)
@@ -64,21 +64,30 @@ class Tenures:
             self._change(backend, wanted.uuid, lambda found: self._taken(found, wanted))
 
     @contextlib.contextmanager
-    def starting(self, wanted: model.Instance) -> Iterator[None]:
+    def starting(
+        self, found: model.Instance, domains: instance.Domains
+    ) -> Iterator[None]:
         """Have it while an instance is started, then note who has its disks open.
 
-        Raises HeldElsewhere: before, and nothing was started; or after, because
-        somebody took it over meanwhile, and then what was started is to be stopped.
+        Raises HeldElsewhere: nothing was started, or somebody took it over meanwhile,
+        and what was started is off again.
         """
-        shared = self._shared(wanted)
+        shared = self._shared(found)
+        if not shared:
+            yield
+            return
+        # libvirt would start it with the host, and ask nobody.
+        domains.forbid_autostart(found.uuid)
+        wanted = msgspec.structs.replace(found, domain_xml=domains.xml(found.uuid))
         started = model.Tenure(host=self._host, record=wanted, clients=None)
         for backend in shared:
-            self._change(backend, wanted.uuid, lambda _: started)
+            self._change(backend, found.uuid, lambda _: started)
         yield
-        for backend in shared:
-            if backend.capabilities.fences:
-                self._note(backend, wanted)
-        self.demand(wanted)
+        try:
+            self._note(wanted)
+        except errors.HeldElsewhere:
+            domains.kill(found.uuid)
+            raise
 
     def pass_on(self, gone: model.Instance, peer: str) -> None:
         """Let a peer take it; nothing happens if it is not ours. It may not run."""
@@ -92,17 +101,17 @@ class Tenures:
             if self.holder(backend, gone.uuid) is None:
                 self._change(backend, gone.uuid, passed)
 
-    def drop(self, uuid: str, keep: Container[str] = ()) -> None:
+    def drop(self, uuid: str, backends: Iterable[str]) -> None:
         """Remove what is ours of an instance that is gone; can be called again.
 
         Arguments:
-            keep: names of backends that still have disks of it.
+            backends: names of those that had disks of it.
         """
-        for backend in self._backends.values():
-            if backend.capabilities.shared and backend.name not in keep:
-                found = self._find(backend, uuid)
-                if found is not None and found.host == self._host:
-                    backend.tenures.remove(uuid)
+        for name in self._backends.keys() & set(backends):
+            backend = self._backends[name]
+            found = self._find(backend, uuid) if backend.capabilities.shared else None
+            if found is not None and found.host == self._host:
+                backend.tenures.remove(uuid)
 
     def seize(
         self,
@@ -162,12 +171,20 @@ class Tenures:
             return None
         return model.Tenure(host=self._host, record=wanted)
 
-    def _note(self, backend: base.Backend, wanted: model.Instance) -> None:
+    def _note(self, wanted: model.Instance) -> None:
         """Note who has the disks open now; HeldElsewhere if it is not ours any more.
 
         Without this note a fence has less to go by, and the instance runs all the same.
         """
+        try:
+            for backend in self._shared(wanted):
+                if backend.capabilities.fences:
+                    self._note_clients(backend, wanted)
+            self.demand(wanted)
+        except errors.StorageError as e:
+            LOG.warning("instance=%s its clients are not noted: %s", wanted.uuid, e)
 
+    def _note_clients(self, backend: base.Backend, wanted: model.Instance) -> None:
         def noted(found: model.Tenure | None) -> model.Tenure | None:
             if found is None:
                 return None
@@ -177,10 +194,7 @@ class Tenures:
                     clients |= backend.clients(ref.volume)
             return msgspec.structs.replace(found, clients=tuple(sorted(clients)))
 
-        try:
-            self._change(backend, wanted.uuid, noted)
-        except errors.StorageError as e:
-            LOG.warning("instance=%s its clients are not noted: %s", wanted.uuid, e)
+        self._change(backend, wanted.uuid, noted)
 
     def _clients(
         self,

@@ -348,7 +348,7 @@ def test_a_disk_that_is_not_seen(kinds: Kinds) -> None:
     record = here.instances.read(instance.uuid).body
     ref = model.DiskRef("vdb", f"vdb.{record.operation}", "files", model.Role.DATA)
     more = msgspec.structs.replace(record, disks=(*record.disks, ref))
-    here.tenures.drop(instance.uuid)
+    here.tenures.drop(record.uuid, [kinds.a.name])
     here.tenures.take(more)
     with pytest.raises(errors.TakeOverRefused, match=r"disk vdb .*is not seen"):
         kinds.b.driver.take_over(instance.uuid, host_is_down=True)

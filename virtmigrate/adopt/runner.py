@@ -108,11 +108,10 @@ class Run:
     def _hold(self, made: model.Instance) -> None:
         """Keep other hosts that see its disks from starting it."""
         domains, tenures = self._here.domains, self._here.tenures
+        used = {ref.backend for ref in made.disks}
         if tenures.concern(made):
-            domains.forbid_autostart(made.uuid)
-            self._undo.add("let it go", lambda: tenures.drop(made.uuid))
-            xml = domains.xml(made.uuid)
-            with tenures.starting(msgspec.structs.replace(made, domain_xml=xml)):
+            self._undo.add("let it go", lambda: tenures.drop(made.uuid, used))
+            with tenures.starting(made, domains):
                 """It may run already."""
 
     def _instance(self) -> model.Instance:

@@ -273,10 +273,11 @@ class Departure:
     def _let_go(self) -> None:
         """Give up what says that this host may run it; not where it still is."""
         uuid = self._original.uuid
+        had = {ref.backend for ref in self._original.disks}
         own = self._here.own_record(uuid)
-        stays = own is not None and own.state is not InstanceState.AWAY
-        used = {ref.backend for ref in own.disks} if own and stays else set()
-        self._here.tenures.drop(uuid, keep=used)
+        if own is not None and own.state is not InstanceState.AWAY:
+            had -= {ref.backend for ref in own.disks}
+        self._here.tenures.drop(uuid, had)
 
     def _left(
         self, backend: base.Backend, sent: model.TransferVolume

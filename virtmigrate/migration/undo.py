@@ -63,9 +63,7 @@ class Undo:
                 self._journal.done("taken back")
             self._restore_states()
             self._restore(power_on)
-            # A move within this host had it in other backends.
-            used = {ref.backend for ref in self._original.disks}
-            self._here.tenures.drop(self._original.uuid, keep=used)
+            self._let_go()
             self._drop_layers()
             facts.drop_memory(self._here, self._journal)
             self._journal.done("restored")
@@ -102,6 +100,13 @@ class Undo:
                 self._original.uuid,
                 e,
             )
+
+    def _let_go(self) -> None:
+        """A move within this host had it in other backends."""
+        if self._transfer.peer == self._here.name:
+            had = {volume.backend for volume in self._transfer.volumes}
+            had -= {ref.backend for ref in self._original.disks}
+            self._here.tenures.drop(self._original.uuid, had)
 
     def _fence(self) -> None:
         """See that a lost peer writes to shared disks no more; NotRevertible."""
