@@ -5,6 +5,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import types
 import uuid
@@ -308,10 +310,17 @@ def test_taken_over_from_a_host_that_cannot_be_asked(kinds: Kinds) -> None:
     assert tenure(kinds.a, instance) is None
 
 
-def test_what_is_off_is_taken_without_a_start(kinds: Kinds) -> None:
+def test_by_the_command_and_without_a_start(kinds: Kinds) -> None:
     instance = kinds.spawn()
     kinds.a.driver.power_off(instance)
-    kinds.b.driver.take_over(instance.uuid, power_on=False, host_is_down=True)
+    argv = [sys.executable, "-m", "virtmigrate.cli.main"]
+    argv += ["--config-file", str(kinds.b.config), "instance", "take-over"]
+    argv += ["--off", "--host-is-down", "-f", "json", instance.uuid]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["from"], said["host"]) == ("ten-alpha", "ten-beta")
+    assert said["state"] == "off"
     assert kinds.b.state_of(instance) == "shutoff"
     assert holder(kinds.a, instance) == ("ten-beta", None)
     kinds.a.driver.destroy(None, instance, None)
