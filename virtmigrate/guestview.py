@@ -7,7 +7,6 @@ refuse one whose data would lie in yet another file.
 
 import bisect
 import contextlib
-import os
 import queue
 import stat
 import threading
@@ -147,13 +146,12 @@ def _objection(layer: domainxml.Layer, size: int | None) -> str | None:
     if layer.type is not domainxml.SourceType.FILE:
         return f"{layer.source} is no file"
     try:
+        if not stat.S_ISREG(Path(layer.source).stat().st_mode):
+            return f"{layer.source} is no file"
         with Path(layer.source).open("rb") as file:
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            head = file.read(qcow2.HEADER) if regular else b""
+            head = file.read(qcow2.HEADER)
     except OSError as e:
         return f"this process may not read {layer.source} ({e.strerror})"
-    if not regular:
-        return f"{layer.source} is no file"
     if layer.fmt is not DiskFormat.QCOW2:
         return None
     found = qcow2.objection(head)

@@ -228,8 +228,8 @@ def _start(argv: Sequence[str], said: IO[bytes]) -> "subprocess.Popen[bytes]":
 def _argv(layers: Sequence[domainxml.Layer], socket: Path, count: int) -> list[str]:
     limits = [f"--{name}={limit}" for name, limit in _LIMITS.items()]
     return [
-        *("prlimit", *limits, "--"),
         *("setpriv", "--no-new-privs", "--pdeathsig", "KILL", "--"),
+        *("prlimit", *limits, "--"),
         *("qemu-nbd", "--read-only", f"--shared={count}", f"--socket={socket}"),
         f"json:{json.dumps(_described(layers))}",
     ]
