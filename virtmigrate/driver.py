@@ -201,6 +201,7 @@ class VirtMigrateDriver:
             if self._target.give_back(uuid):
                 return
             self.node.demand_settled(uuid)
+            self._source.demand_none(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             if destroy_disks:

@@ -185,6 +185,29 @@ def test_a_failure_leaves_nothing(place: Place, phase: str) -> None:
     place.side.driver.destroy(None, instance, None)
 
 
+def test_what_is_half_undone_is_not_destroyed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record says again that it is here, and a giving back is a destroy."""
+    instance = place.spawn(FILES)
+    before, driver = place.side.root(instance), place.side.driver
+    place.resize(instance, FILES)
+    driver.destroy(None, instance, None)
+
+    def fail(*_: object) -> None:
+        raise OSError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("virtmigrate.migration.undo.Undo._drop_layers", fail)
+        with pytest.raises(OSError, match="injected"):
+            driver.finish_revert_migration(None, instance)
+    with pytest.raises(errors.InvalidState, match="is open"):
+        driver.destroy(None, instance, None)
+    driver.finish_revert_migration(None, instance)
+    place.expect_one(instance, FILES, 64, before)
+    driver.destroy(None, instance, None)
+
+
 def test_no_room_is_told_before_the_stop(place: Place) -> None:
     instance = place.spawn(FILES)
     before = place.side.root(instance)

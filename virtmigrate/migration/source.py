@@ -115,6 +115,21 @@ class Source:
                 journal.done("reverting", power_on=power_on)
                 raise
 
+    def demand_none(self, uuid: str) -> None:
+        """Raise InvalidState while a move of the instance is open on this host.
+
+        Also one that is half undone: its record says that the instance is here.
+        """
+        journal = self._find(uuid)
+        if journal is not None:
+            raise errors.InvalidState(
+                instance=uuid,
+                host=self._here.name,
+                state=journal.steps()[-1],
+                reason=f"operation {journal.operation} is open; confirm or revert it "
+                "first",
+            )
+
     def recover(self) -> list[str]:
         """Finish what a killed process left; return what could not be finished.
 
