@@ -13,22 +13,19 @@ from oslo_config import cfg
 from oslo_log import log as logging
 
 from virtmigrate import (
-    conf as options,
-)
-from virtmigrate import (
     errors,
     events,
     imagecache,
     inventory,
     mapping,
     node,
-    ownhost,
+    peers,
     periodic,
     receiver,
     spawning,
     takeover,
 )
-from virtmigrate.host import Host
+from virtmigrate.conf import register
 from virtmigrate.instance import Info
 from virtmigrate.migration import source, target
 from virtmigrate.peer import Peer
@@ -62,7 +59,6 @@ class VirtMigrateDriver:
         self._conf = conf if conf is not None else cfg.CONF
         self._progress = progress
         self._node: node.Node | None = None
-        self._peers: dict[str, Peer] = {}
         self._events = events.Poller(lambda: self.node)
         self._settling = periodic.Periodic("virtmigrate-settle")
         self._receiver: receiver.Receiver | None = None
@@ -81,17 +77,17 @@ class VirtMigrateDriver:
 
         From then on peers' requests are served, unless `receiver` says otherwise.
         """
-        options.register(self._conf)
+        register(self._conf)
         self._node = node.Node(self._conf)
+        self._peers = peers.Peers(self._node)
         self._node.ensure()
         self.images = imagecache.Caches(self._node)
         self._source = source.Source(self._node, self.peer)
         self._target = target.Target(self._node)
         self.settle()
         if self._node.options.receiver:
-            self._receiver = receiver.Receiver(
-                self._node, actions=self._target.actions()
-            )
+            serving = self._target.actions()
+            self._receiver = receiver.Receiver(self._node, actions=serving)
             self._receiver.start()
         interval = float(self._node.options.settle_interval)
         if interval:
@@ -114,10 +110,8 @@ class VirtMigrateDriver:
         if self._receiver is not None:
             self._receiver.stop()
             self._receiver = None
-        for peer in self._peers.values():
-            peer.host.close()
-        self._peers.clear()
         if self._node is not None:
+            self._peers.close()
             self._node.close()
 
     def get_host_ip_addr(self) -> str:
@@ -294,11 +288,7 @@ class VirtMigrateDriver:
         Into all backends of this host; one after the other. False when all had it.
         """
         image = mapping.named_image(self._conf, image_id)
-        caches = self.images.up()
-        before = sum(cache.counters.misses for cache in caches)
-        for cache in caches:
-            cache.obtain(image, self._progress())
-        return sum(cache.counters.misses for cache in caches) > before
+        return self.images.seed(image, self._progress)
 
     def manage_image_cache(
         self, context: object, all_instances: object = None, **_: object
@@ -307,8 +297,7 @@ class VirtMigrateDriver:
 
         What is in use is what records say; `all_instances` is not asked.
         """
-        for problem in self.images.tend():
-            LOG.warning("host=%s %s", self.node.name, problem)
+        self.images.tend()
 
     # Moves
 
@@ -410,22 +399,4 @@ class VirtMigrateDriver:
 
     def peer(self, dest: str) -> Peer:
         """Return a host that instances can be moved to; also this one."""
-        if dest == self.node.name:
-            return ownhost.OwnHost(self.node)
-        if dest not in self._peers:
-            insecure = dest in self.node.options.allow_insecure_peers
-            host = Host(
-                options.transfer_uri(self._conf, dest),
-                name=dest,
-                timeouts=node.timeouts(self._conf),
-                allow_insecure=insecure,
-            )
-            box = node.mailbox(
-                host,
-                self.node.options.record_grace,
-                ownership=self.node.files.settings.ownership,
-                busy_timeout=self.node.options.busy_timeout,
-            )
-            patience = float(self.node.options.receiver_timeout)
-            self._peers[dest] = Peer(host, box, patience)
-        return self._peers[dest]
+        return self._peers.get(dest)

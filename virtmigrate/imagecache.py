@@ -242,6 +242,15 @@ class Caches:
             )
         return found[0]
 
+    def seed(
+        self, source: sources.Source, progress: Callable[[], Progress] = Progress
+    ) -> bool:
+        """Have an image in all backends, one after the other; False where it was."""
+        before = sum(cache.counters.misses for cache in self.up())
+        for cache in self.up():
+            cache.obtain(source, progress())
+        return sum(cache.counters.misses for cache in self.up()) > before
+
     def tend(self) -> list[str]:
         """Drop what the limits want dropped, and what killed fetchers left.
 
@@ -256,6 +265,7 @@ class Caches:
                 cache.sweep()
                 cache.prune()
             except (errors.StorageError, errors.HostError) as e:
+                LOG.warning("host=%s images: %s", self._here.name, e)
                 problems.append(f"images: {e}")
         return problems
 

@@ -39,7 +39,7 @@ def after(owner: Any, name: str, act: Callable[[], object]) -> None:
 
 def test_a_confirm_that_is_cut_off_can_still_be_reverted(world: World) -> None:
     made = moved(world)
-    transfers = world.a.driver._peers["beta"].transfers
+    transfers = world.a.driver.peer("beta").transfers
     publish = transfers.publish
 
     def cut(*_: object, **__: object) -> None:
@@ -69,7 +69,7 @@ def test_confirm_and_destroy_at_once(world: World) -> None:
 
 def test_destroy_while_the_confirm_is_written(world: World) -> None:
     made = moved(world)
-    transfers = world.a.driver._peers["beta"].transfers
+    transfers = world.a.driver.peer("beta").transfers
     publish = transfers.publish
 
     def late(*args: Any, **kwargs: Any) -> Any:

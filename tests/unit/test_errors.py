@@ -12,7 +12,8 @@ from virtmigrate import errors
 
 
 def children(cls: type[errors.Error]) -> list[type[errors.Error]]:
-    return [each for each in cls.__subclasses__() if each.__module__ == errors.__name__]
+    ours = f"{errors.__name__}."
+    return [each for each in cls.__subclasses__() if each.__module__.startswith(ours)]
 
 
 def subclasses(cls: type[errors.Error]) -> Iterator[type[errors.Error]]:

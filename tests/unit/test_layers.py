@@ -61,6 +61,7 @@ FLOORS = {
     "inventory": 4,
     "needs": 3,
     "peer": 5,
+    "peers": 6,
     "ownhost": 5,
     "pieces": 4,
     "placement": 5,

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that come in, and those that are there."""
+
+from virtmigrate.errors.base import Error
+
+
+class ImageError(Error):
+    msg = "image {image}: {reason}"
+
+
+class ImageRefused(ImageError):
+    """What came in is not what was declared, or not safe to use."""
+
+    msg = "image {image} is refused: {reason}. Nothing of it is used"
+
+
+class ImageNotConverted(ImageError):
+    msg = (
+        "image {image} was not converted: {reason}. What was written of it is not used"
+    )
+
+
+class ImageUnavailable(ImageError):
+    msg = "image {image} cannot be fetched: {reason}"
+
+
+class ImageNotFetched(ImageError):
+    """Another one, who fetched it for all that wait, failed; ask again to try anew."""
+
+    msg = "image {image}: {host} could not fetch it: {reason}"
+
+
+class ImageNotFound(ImageError):
+    msg = "host {host}: backend {backend} has no image {image}, or more than one"
+
+
+class ImageGone(ImageError):
+    """It was dropped while something was made of it."""
+
+    msg = "host {host}: image {image} was dropped meanwhile; ask for it again"
+
+
+class ImageInUse(ImageError):
+    msg = "host {host}: image {image} stays, it is used: {reason}"
+
+
+class DiskTooSmall(ImageError):
+    msg = "volume {volume} of {size} bytes is too small: {image} needs {least}"
