@@ -18,7 +18,7 @@ FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 2400 \
 	$(PYTEST) tests/functional --require-backends=$(BACKENDS)
 TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
-BENCHMARKS := transfer
+BENCHMARKS := transfer cache
 
 .PHONY: help setup image machine-image demo test test-unit test-functional test-full lint format \
 	bench sandbox sandbox-down clean
