@@ -19,7 +19,7 @@ import libvirt
 import tenacity
 from oslo_log import log as logging
 
-from virtmigrate import errors, poolxml, translation, wire, xml
+from virtmigrate import address, errors, nearby, poolxml, translation, wire, xml
 from virtmigrate.host import Host, Session
 from virtmigrate.units import MiB
 
@@ -58,6 +58,9 @@ class Pool:
             and read as zeros.
     """
 
+    is_directory = True
+    """Its volumes are the files of one directory."""
+
     def __init__(
         self,
         host: Host,
@@ -76,6 +79,8 @@ class Pool:
         self.preallocate = preallocate
         self._path: str | None = None
         self._local: bool | None = None
+        self._nearby: nearby.Nearby | None = None
+        self._is_asked = False
         self._lock = threading.Lock()
 
     # The pool
@@ -138,11 +143,16 @@ class Pool:
         return Room(capacity, free)
 
     def names(self) -> list[str]:
-        """Return the names of all volumes, after a refresh.
+        """Return the names of all volumes that are there now.
 
-        By one call: virStoragePoolListVolumes asks for the count first, and when a
-        volume comes in between, it leaves out another.
+        Of a directory of this machine without libvirt, which would open every file
+        of it. Else by one call: virStoragePoolListVolumes asks for the count first,
+        and when a volume comes in between, it leaves out another.
         """
+        near = self._near()
+        if near is not None:
+            with contextlib.suppress(OSError):
+                return near.names()
         self.refresh()
         return self._retry(
             "listing", lambda _, pool: [vol.name() for vol in pool.listAllVolumes(0)]
@@ -230,6 +240,11 @@ class Pool:
         ValueError when they are more than limit, or it is a directory or the like:
         who may write to a pool can make one.
         """
+        near = self._near()
+        if near is not None:
+            # One that is not there, or not for us to read, libvirt is asked for.
+            with contextlib.suppress(OSError):
+                return near.read(name, limit)
         kind, size = self._measure(name)
         if kind not in (libvirt.VIR_STORAGE_VOL_FILE, libvirt.VIR_STORAGE_VOL_BLOCK):
             raise ValueError(f"{name} is of kind {kind}, and holds no bytes")
@@ -285,6 +300,14 @@ class Pool:
             # Only a proof is kept: without one, the next caller tries again.
             self._local = self._local or self._prove_local()
             return self._local
+
+    def _near(self) -> nearby.Nearby | None:
+        """Return the directory if it is proven to be one of this machine."""
+        if not self._is_asked and self.is_directory:
+            if address.parse(self.host.uri).is_local and self.is_local():
+                self._nearby = nearby.Nearby(Path(self.path))
+            self._is_asked = True
+        return self._nearby
 
     @contextlib.contextmanager
     def nonce(self) -> Iterator[str]:
@@ -344,7 +367,18 @@ class Pool:
         whole = self.thick or (self.preallocate and fmt == "raw")
         volume = poolxml.Volume(name, size, fmt, allocation=size if whole else 0)
         text = poolxml.write(volume, self.ownership, backing)
-        self._retry(f"creating {name}", lambda _, pool: pool.createXML(text, 0), name)
+
+        def create(_: Session, pool: "libvirt.virStoragePool") -> None:
+            try:
+                pool.createXML(text, 0)
+            except libvirt.libvirtError as e:
+                if translation.code(e) != libvirt.VIR_ERR_STORAGE_VOL_EXIST:
+                    raise
+                # It may be one that another host removed, which libvirt remembers.
+                pool.refresh(0)
+                pool.createXML(text, 0)
+
+        self._retry(f"creating {name}", create, name)
 
     def _lookup(
         self, pool: "libvirt.virStoragePool", name: str

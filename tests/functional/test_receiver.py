@@ -270,7 +270,7 @@ def access(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.mark.parametrize("access", ACCESS, indirect=True)
-def test_verify(place: Place, access: str) -> None:
+def test_verify(access: str, place: Place) -> None:
     data = content()
     place.transfer()
     path = place.put(data)
@@ -285,7 +285,7 @@ def test_verify(place: Place, access: str) -> None:
 
 
 @pytest.mark.parametrize("access", ["direct", "remote"], indirect=True)
-def test_verify_a_sample(place: Place, access: str) -> None:
+def test_verify_a_sample(access: str, place: Place) -> None:
     data = TILE[:MiB] * 40
     data = data[: 9 * MiB + 5]
     place.transfer()
@@ -307,7 +307,7 @@ def test_verify_sizes(place: Place, size: int) -> None:
 
 
 @pytest.mark.parametrize("access", ["direct", "remote"], indirect=True)
-def test_verify_holes(place: Place, access: str) -> None:
+def test_verify_holes(access: str, place: Place) -> None:
     size = 70 * MiB + 3
     place.transfer()
     path = place.put(b"begin", size=size)
@@ -318,7 +318,7 @@ def test_verify_holes(place: Place, access: str) -> None:
 
 
 @pytest.mark.parametrize("access", ["direct", "remote"], indirect=True)
-def test_verify_a_huge_volume_in_bounded_memory(place: Place, access: str) -> None:
+def test_verify_a_huge_volume_in_bounded_memory(access: str, place: Place) -> None:
     size = 8 * TiB
     place.transfer()
     path = place.put(b"begin", size=size)
@@ -749,7 +749,7 @@ def test_not_from_afar(alpha: sandbox.Host, place: Place) -> None:
 
 
 @pytest.mark.parametrize("access", ["direct", "remote"], indirect=True)
-def test_idle_costs_nothing(place: Place, access: str) -> None:
+def test_idle_costs_nothing(access: str, place: Place) -> None:
     place.transfer(state=TransferState.SETTLED)
     place.receiver.start()
     until(lambda: place.receiver.looks)
@@ -1105,7 +1105,7 @@ def test_orphans_go(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("access", ACCESS, indirect=True)
-def test_grow(place: Place, access: str) -> None:
+def test_grow(access: str, place: Place) -> None:
     place.transfer(volume(size=3 * MiB))
     path = place.put(b"data" * 1024)
     for size in (3 * MiB, 3 * MiB, MiB):
@@ -1131,7 +1131,7 @@ def other(place: Place, monkeypatch: pytest.MonkeyPatch) -> base.Backend:
 
 
 @pytest.mark.parametrize("access", ACCESS, indirect=True)
-def test_import(place: Place, other: base.Backend, access: str) -> None:
+def test_import(access: str, place: Place, other: base.Backend) -> None:
     """Pieces, files in the area for them, become a volume of another backend."""
     data = content()
     place.transfer(volume(size=len(data), backend="other"))
@@ -1286,7 +1286,7 @@ def test_hold_of_what_is_not_proven(place: Place, fields: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize("access", ["unreadable", "remote"], indirect=True)
-def test_reuse_where_nothing_can_be_renamed(place: Place, access: str) -> None:
+def test_reuse_where_nothing_can_be_renamed(access: str, place: Place) -> None:
     body, _ = place.keep("vda.old", content())
     place.transfer()
     with pytest.raises(errors.RequestRefused, match="cannot rename"):

@@ -35,6 +35,7 @@ FLOORS = {
     "host": 2,
     "wire": 2,
     "poolxml": 2,
+    "nearby": 2,
     "storagepool": 2,
     "record": 2,
     # Images that come in: how they are looked at, and where they come from.

@@ -38,6 +38,8 @@ class GroupPool(storagepool.Pool):
     and is not refreshed each time: `refresh` after a command of LVM.
     """
 
+    is_directory = False
+
     def __init__(
         self,
         host: Host,

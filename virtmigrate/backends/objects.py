@@ -34,6 +34,8 @@ _STAMP = struct.Struct(">d")
 class _ClusterPool(storagepool.Pool):
     """What images and objects have in common."""
 
+    is_directory = False
+
     def __init__(
         self, host: Host, name: str, cluster: Cluster, busy_timeout: float
     ) -> None:
