@@ -852,7 +852,9 @@ def test_an_image_is_held(backend: base.Backend, tmp_path: Path) -> None:
 def test_room_is_counted(backend: base.Backend) -> None:
     room = backend.disks.room()
     assert 0 < room.free <= room.capacity
-    assert backend.room() == room.free - backend.settings.reserved
+    # A file system may still be giving back what was deleted.
+    counted = backend.room() + backend.settings.reserved
+    assert room.free <= counted <= backend.disks.room().free
     assert backend.storage() == backend.storage() != ""
 
 

@@ -36,6 +36,7 @@ from virtmigrate import (
     model,
     slots,
     sources,
+    storagepool,
     stream,
     xml,
 )
@@ -412,6 +413,40 @@ def test_a_removal_before_the_clone_counts(
     assert (source.reads, now.volume.name != cached.volume.name) == (1, True)
     names = {now.volume.name, made.name}
     assert set(place.backend.volumes.names()) == names
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_a_removal_in_the_making(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It won the generation, and has not said what it is: the clone waits for that."""
+    image = place.cache.obtain(place.source())
+    stored = place.backend.volumes.read(image.name)
+    begun, go = threading.Event(), threading.Event()
+    write, create = storagepool.Pool.write, storagepool.Pool.create_raw
+    generation = f"{image.name}.rec.{stored.generation + 1}"
+
+    with ThreadPoolExecutor(1, thread_name_prefix="doom") as dooming:
+
+        def late_write(
+            self: storagepool.Pool, name: str, *args: Any, **named: Any
+        ) -> None:
+            if name == generation:
+                begun.set()
+                assert go.wait(60)
+            write(self, name, *args, **named)
+
+        def late_create(self: storagepool.Pool, name: str, size: int) -> None:
+            is_doom = threading.current_thread().name.startswith("doom")
+            if name == generation and not is_doom and not begun.is_set():
+                dooming.submit(place.backend.images.doom, stored)
+                assert begun.wait(30)
+                threading.Timer(0.5, go.set).start()
+            create(self, name, size)
+
+        monkeypatch.setattr(storagepool.Pool, "write", late_write)
+        monkeypatch.setattr(storagepool.Pool, "create_raw", late_create)
+        with pytest.raises(errors.ImageGone):
+            place.backend.images.count_on(image.name)
+    assert begun.is_set()
 
 
 def test_killed_while_it_drops(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,11 +144,16 @@ class Images:
         Whoever read the image's record before, to give the image up, fails now.
         """
         stored = self._usable(name)
-        try:
-            self._republish(stored, used=time.time())
-        except errors.RecordConflict:
-            # Somebody else's new generation does the same.
-            self._usable(name)
+        for _ in range(_TRIES):
+            try:
+                self._republish(stored, used=time.time())
+                return
+            except errors.RecordConflict:
+                # Somebody else's new generation does the same, once it is there: one
+                # in the making may be the one that gives the image up.
+                if self._usable(name).generation > stored.generation:
+                    return
+        raise errors.ImageGone(host=self._store.pool.host.name, image=name)
 
     def change_origin(self, name: str, **changes: object) -> None:
         """Change what is kept of an image; ImageGone, RecordConflict."""

@@ -12,6 +12,8 @@ import msgspec
 
 from virtmigrate import errors, model, record, storagepool
 
+_TRIES = 5
+
 VERSION = 1
 """The layout that this release makes and works with."""
 
@@ -67,11 +69,7 @@ class Keeper:
         """Write the record if there is none; LayoutRefused for another layout."""
         found = self.find()
         if found is None:
-            made = model.Layout(version=VERSION, id=str(uuid.uuid4()))
-            # Another host may have been first.
-            with contextlib.suppress(errors.RecordConflict):
-                self._store.publish(NAME, made)
-            found = self.read()
+            found = self._made()
         self.demand_known(found)
         if found.body.version < VERSION or found.body.upgrading:
             begun = " (an upgrade was begun)" if found.body.upgrading else ""
@@ -116,6 +114,20 @@ class Keeper:
         return changed
 
     # Private
+
+    def _made(self) -> record.Stored[model.Layout]:
+        """Write the record, or return the one of another host that was first.
+
+        Who comes second waits, where it is still being written.
+        """
+        made = model.Layout(version=VERSION, id=str(uuid.uuid4()))
+        for _ in range(_TRIES):
+            with contextlib.suppress(errors.RecordConflict):
+                return self._store.publish(NAME, made)
+            found = self.find()
+            if found is not None:
+                return found
+        return self.read()
 
     def _refused(self, version: object, reason: str) -> errors.LayoutRefused:
         return errors.LayoutRefused(
