@@ -5,11 +5,13 @@ What lies in staging has passed nothing yet, and is read by the door alone.
 """
 
 import contextlib
+import hashlib
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from oslo_log import log as logging
@@ -18,6 +20,7 @@ from virtmigrate import (
     door,
     errors,
     filling,
+    manifest,
     model,
     node,
     reading,
@@ -35,6 +38,8 @@ LOG = logging.getLogger(__name__)
 
 _PLAIN = ("raw", "iso")
 """Formats whose bytes are the disk's."""
+
+_EXCERPT = 2 * MiB
 
 _OPERATION = re.compile(r"[0-9a-f]{16}")
 
@@ -64,34 +69,67 @@ class Fetcher:
             claim.demand()
 
         with staging(self._here, claim.operation) as place, Rollback() as undo:
-            came = place / "image"
-            checksum = self._download(source, described, came, progress, check)
-            progress.phase("checking at the door")
-            found = door.inspect(came, described.format, self._limits, check)
-            raw, length = came, came.stat().st_size
-            if found.format not in _PLAIN:
-                raw, length = place / "raw", found.virtual_size
-                progress.phase("converting", length)
-                door.convert(came, found.format, raw, length, self._limits, check)
-                came.unlink()
-            origin = model.Origin(
-                key=claim.key,
-                source=source.origin,
-                name=described.name,
-                format=described.format,
-                checksum=checksum,
-                min_disk=described.min_disk,
-                rules=door.RULES,
-                checked=time.time(),
-                used=time.time(),
-            )
-            progress.phase("filling", length)
-            image = self._fill(claim, origin, raw, length, undo, progress)
+            work = _Work(claim, source, described, place, undo, progress, check)
+            image = self._shared(work) or self._brought(work)
             claim.fill(image.name)
             undo.commit()
             return image
 
     # Private
+
+    def _shared(self, work: "_Work") -> model.Volume | None:
+        """Return the image, if its service keeps it raw in this very storage.
+
+        It is read once, for its checksum, its digest and the door.
+        """
+        described = work.described
+        checksum, size = described.checksum, described.size
+        if described.format not in _PLAIN or checksum is None or not size:
+            return None
+        self._demand_size(work, size)
+        volume = self._volume(work, f"{checksum.algorithm}:{checksum.hex}", size)
+        filler = filling.Filler(self._here, self._backend)
+        filler.reserve(volume, work.undo)
+        if not self._backend.share(described.locations, volume):
+            return None
+        work.progress.phase("reading where it is stored", volume.size)
+        excerpt = work.place / "excerpt"
+        with self._backend.arrived(volume.name) as arrived:
+            found, read = reviewed(arrived.source, size, checksum, excerpt, work)
+        if read != checksum.hex:
+            raise errors.ImageRefused(
+                image=work.source.origin,
+                reason=f"its {checksum.algorithm} is {read}, and {checksum.hex} is "
+                "promised",
+            )
+        door.inspect(excerpt, described.format, self._limits, work.check)
+        return filler.proven(volume, found)
+
+    def _brought(self, work: "_Work") -> model.Volume:
+        """Download the image, have it checked, and fill it in."""
+        came, described, progress = work.place / "image", work.described, work.progress
+        checksum = self._download(work.source, described, came, progress, work.check)
+        progress.phase("checking at the door")
+        found = door.inspect(came, described.format, self._limits, work.check)
+        raw, length = came, came.stat().st_size
+        if found.format not in _PLAIN:
+            raw, length = work.place / "raw", found.virtual_size
+            progress.phase("converting", length)
+            door.convert(came, found.format, raw, length, self._limits, work.check)
+            came.unlink()
+        progress.phase("filling", length)
+        volume = self._volume(work, checksum, length)
+        filler = filling.Filler(self._here, self._backend)
+        return filler.filled(
+            volume, reading.FileSource(raw, length), work.undo, progress
+        )
+
+    def _demand_size(self, work: "_Work", size: int) -> None:
+        if size > self._limits.max_size:
+            raise errors.ImageRefused(
+                image=work.source.origin,
+                reason=f"it has {size} bytes, and {self._limits.max_size} are allowed",
+            )
 
     def _download(
         self,
@@ -124,17 +162,11 @@ class Fetcher:
             )
         return f"{received.checksum.algorithm}:{received.checksum.hex}"
 
-    def _fill(
-        self,
-        claim: slots.Claim,
-        origin: model.Origin,
-        path: Path,
-        length: int,
-        undo: Rollback,
-        progress: Progress,
-    ) -> model.Volume:
-        name, pool = f"image-{claim.key[:8]}.{claim.operation}", self._backend.incoming
-        volume = model.Volume(
+    def _volume(self, work: "_Work", checksum: str, length: int) -> model.Volume:
+        """Return the image's record, as it is before there is anything of it."""
+        claim, described, pool = work.claim, work.described, self._backend.incoming
+        name = f"image-{claim.key[:8]}.{claim.operation}"
+        return model.Volume(
             name=name,
             pool=pool.name,
             path=pool.volume_path(name),
@@ -145,10 +177,31 @@ class Fetcher:
             owner="",
             operation=claim.operation,
             origin=self._here.name,
-            image=origin,
+            image=model.Origin(
+                key=claim.key,
+                source=work.source.origin,
+                name=described.name,
+                format=described.format,
+                checksum=checksum,
+                min_disk=described.min_disk,
+                rules=door.RULES,
+                checked=time.time(),
+                used=time.time(),
+            ),
         )
-        filler = filling.Filler(self._here, self._backend)
-        return filler.filled(volume, reading.FileSource(path, length), undo, progress)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One fetch."""
+
+    claim: slots.Claim
+    source: sources.Source
+    described: sources.Described
+    place: Path
+    undo: Rollback
+    progress: Progress
+    check: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -204,6 +257,38 @@ def directory(here: node.Node) -> Path:
 
 
 # Private
+
+
+def reviewed(
+    source: reading.Source,
+    size: int,
+    checksum: sources.Checksum,
+    excerpt: Path,
+    work: _Work,
+) -> tuple[manifest.Manifest, str]:
+    """Read an image in order; return its manifest, and its checksum.
+
+    Arguments:
+        size: bytes that the checksum is of.
+        excerpt: gets its first and its last bytes, at their places: what any format
+            is told by.
+    """
+    found = manifest.Manifest(source.size)
+    digest = hashlib.new(checksum.algorithm, usedforsecurity=False)
+    with source, excerpt.open("xb") as file:
+        for index in range(found.count):
+            work.check()
+            start, end = found.span(index)
+            data = source.read(start, end) or bytes(end - start)
+            found[index] = manifest.digest_of(data)
+            part = data[: max(0, size - start)]
+            digest.update(part)
+            if start < _EXCERPT or end > size - _EXCERPT:
+                file.seek(start)
+                file.write(part)
+            work.progress.advance(end - start)
+        file.truncate(size)
+    return found, digest.hexdigest()
 
 
 def _copied(source: reading.Source, path: Path) -> None:

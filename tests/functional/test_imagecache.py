@@ -31,6 +31,7 @@ from virtmigrate import (
     door,
     errors,
     fetching,
+    filling,
     imagecache,
     manifest,
     model,
@@ -298,15 +299,23 @@ def test_one_who_was_too_slow_loses(
 ) -> None:
     """It gives no sign of life; another one fetches; then it goes on."""
     go, slow = threading.Event(), place.fresh()
-    real = fetching.Fetcher._fill
+    real = filling.Filler.filled
 
-    def late(self: fetching.Fetcher, claim: slots.Claim, *args: Any) -> model.Volume:
+    def late(self: filling.Filler, *args: Any) -> model.Volume:
         if threading.current_thread().name.startswith("late"):
-            with claim._lock:
+            with claims[0]._lock:
                 assert go.wait(60)
-        return real(self, claim, *args)
+        return real(self, *args)
 
-    monkeypatch.setattr(fetching.Fetcher, "_fill", late)
+    claims: list[slots.Claim] = []
+    beating = slots.Claim.beating
+
+    def noted(self: slots.Claim, *args: Any) -> Any:
+        claims.append(self)
+        return beating(self, *args)
+
+    monkeypatch.setattr(slots.Claim, "beating", noted)
+    monkeypatch.setattr(filling.Filler, "filled", late)
     with ThreadPoolExecutor(1, thread_name_prefix="late") as pool:
         source = place.source()
         first = pool.submit(slow.obtain, source)
@@ -319,7 +328,7 @@ def test_one_who_was_too_slow_loses(
     assert place.backend.volumes.names() == [image.name]
 
 
-@pytest.mark.parametrize("when", ["_download", "_fill", "fill"])
+@pytest.mark.parametrize("when", ["_download", "_brought", "fill"])
 def test_killed_and_taken_over(place: Place, when: str) -> None:
     """By SIGKILL in the middle; nothing of it stays, and it is fetched again."""
     argv = [sys.executable, "-m", "tests.functional.killed_fetch", when]

@@ -75,6 +75,16 @@ class Cluster:
             return self._contexts[namespace]
 
     @contextlib.contextmanager
+    def other(self, pool: str) -> Iterator["rados.Ioctx"]:
+        """Yield a handle of another pool of the cluster. Inside translated()."""
+        with self._lock:
+            context = self._connected().open_ioctx(pool)
+        try:
+            yield context
+        finally:
+            context.close()
+
+    @contextlib.contextmanager
     def working(
         self, doing: str, volume: str = "?"
     ) -> Iterator[tuple["rbd.RBD", "rados.Ioctx"]]:

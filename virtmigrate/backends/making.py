@@ -7,7 +7,7 @@ The record is published before its volume is made, and says what that stands on.
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -108,6 +108,20 @@ class Making(Access):
 
         self._make(made, make)
         return made
+
+    def share(self, locations: Sequence[str], volume: model.Volume) -> bool:
+        """Create an incoming volume from what a service keeps in this very storage.
+
+        Nothing is copied: the two share their blocks. The bytes are not proven by
+        that. On failure nothing of it stays.
+
+        Arguments:
+            locations: where a service says that it keeps the bytes of a raw image.
+            volume: what is to be made; where it is longer, zeros follow.
+
+        Returns False where none of these is in this storage, and can be used.
+        """
+        return False
 
     def flatten(self, name: str) -> model.Volume:
         """Make a volume independent of those that it was cloned from.

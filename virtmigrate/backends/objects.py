@@ -9,7 +9,9 @@ remove images through libvirt's pool of the same name.
 import contextlib
 import struct
 import time
+import urllib.parse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from virtmigrate import errors, rollback, storagepool
@@ -29,6 +31,23 @@ INDEX = "records"
 
 _STAMP = struct.Struct(">d")
 """When a record was made: before its bytes."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image that somebody else keeps in a cluster, by its snapshot."""
+
+    fsid: str
+    pool: str
+    image: str
+    snapshot: str
+
+    @classmethod
+    def parsed(cls, location: str) -> "Stored | None":
+        """Return what rbd://FSID/POOL/IMAGE/SNAPSHOT names; None for all else."""
+        scheme, _, rest = location.partition("://")
+        parts = [urllib.parse.unquote(each) for each in rest.split("/")]
+        return cls(*parts) if scheme == "rbd" and len(parts) == 4 else None
 
 
 class _ClusterPool(storagepool.Pool):
@@ -112,6 +131,24 @@ class ImagePool(_ClusterPool):
         doing = f"cloning {base}"
         with self.cluster.working(doing, name) as (manager, context):
             manager.clone(context, base, CLONES, context, name)
+        with rollback.Rollback() as undo:
+            undo.add(f"delete {name}", lambda: self.delete(name))
+            with self.cluster.image(name, doing, read_only=False) as image:
+                image.resize(size)
+            undo.commit()
+
+    def create_shared(self, where: "Stored", name: str, size: int) -> None:
+        """Create an image of size bytes that shares the blocks of another pool's.
+
+        Nothing is written there but what Ceph notes of a clone, if it notes it there.
+        Raises VolumeNotFound, StorageError: then there is no image of the name.
+        """
+        doing = f"cloning {where.pool}/{where.image}@{where.snapshot}"
+        with (
+            self.cluster.working(doing, name) as (manager, context),
+            self.cluster.other(where.pool) as other,
+        ):
+            manager.clone(other, where.image, where.snapshot, context, name)
         with rollback.Rollback() as undo:
             undo.add(f"delete {name}", lambda: self.delete(name))
             with self.cluster.image(name, doing, read_only=False) as image:

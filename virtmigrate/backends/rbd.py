@@ -7,15 +7,18 @@ object in a namespace of the pool.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, reading, storagepool, stream, xml
 from virtmigrate.backends import base, cluster, images, leases, objects, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
+
+LOG = logging.getLogger(__name__)
 
 
 class RbdBackend(base.Backend):
@@ -154,6 +157,22 @@ class RbdBackend(base.Backend):
         for client in sorted(clients):
             self.cluster.fence(client)
 
+    def share(self, locations: Sequence[str], volume: model.Volume) -> bool:
+        found = [objects.Stored.parsed(each) for each in locations]
+        for where in [each for each in found if each is not None]:
+            if where.fsid != self.cluster.fsid():
+                continue
+            try:
+                self._share(where, volume)
+            except errors.StorageDown:
+                raise
+            except errors.StorageError as e:
+                # It may be gone, or this user may not read that pool.
+                LOG.warning("backend=%s %s is not shared: %s", self.name, where, e)
+                continue
+            return True
+        return False
+
     # States
 
     def keep_state(self, name: str, operation: str) -> None:
@@ -202,6 +221,10 @@ class RbdBackend(base.Backend):
         self._rename(aside, name)
 
     # Private
+
+    def _share(self, where: objects.Stored, volume: model.Volume) -> None:
+        name, size = volume.name, volume.size
+        self._make(volume, lambda: self._images.create_shared(where, name, size))
 
     def _clone_record(self, image: model.Volume, volume: model.Volume) -> model.Volume:
         found = super()._clone_record(image, volume)
