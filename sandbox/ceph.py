@@ -288,6 +288,9 @@ osd data = {directory}/data/osd
 keyring = {directory}/data/osd/keyring
 log file = {directory}/log/osd.log
 osd objectstore = memstore
+# A placement group whose lease ends while the daemon is frozen waits for a replica to
+# renew it, and with one copy there is none: 0.8 of 20 s is too short for the tests.
+osd pool default read lease ratio = 1000
 memstore device bytes = {CAPACITY}
 # Otherwise SIGTERM ends it before it has written what it holds.
 osd fast shutdown = false

@@ -10,16 +10,23 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import libvirt
-import tenacity
 from oslo_log import log as logging
 
-from virtmigrate import address, errors, nearby, poolxml, translation, wire, xml
+from virtmigrate import (
+    address,
+    errors,
+    nearby,
+    poolcalls,
+    poolxml,
+    translation,
+    wire,
+    xml,
+)
 from virtmigrate.host import Host, Session
 from virtmigrate.units import MiB
 
@@ -30,8 +37,6 @@ _NONCE_AGE = 3600.0
 
 _WIPE_RATE = 8 * MiB
 """Bytes per second that the slowest storage zeroes."""
-
-T = TypeVar("T")
 
 Ownership = poolxml.Ownership
 
@@ -44,7 +49,7 @@ class Room:
     free: int
 
 
-class Pool:
+class Pool(poolcalls.PoolCalls):
     """One storage pool of one host. Safe to share between threads.
 
     Arguments:
@@ -71,10 +76,8 @@ class Pool:
         thick: bool = False,
         preallocate: bool = False,
     ) -> None:
-        self.host = host
-        self.name = name
+        super().__init__(host, name, busy_timeout)
         self.ownership = ownership or Ownership()
-        self.busy_timeout = busy_timeout
         self.thick = thick
         self.preallocate = preallocate
         self._path: str | None = None
@@ -167,6 +170,11 @@ class Pool:
     def has(self, name: str) -> bool:
         """Tell whether the volume exists, after a refresh."""
         return name in self.names()
+
+    def stands(self, name: str) -> bool:
+        """Tell whether a volume is there, where that is seen at once; else False."""
+        near = self._near()
+        return near is not None and near.has(name)
 
     def create_raw(self, name: str, size: int) -> None:
         """Create a raw volume of size bytes, all zeros, exclusively.
@@ -278,16 +286,6 @@ class Pool:
         with self._session(doing, volume=name) as (session, pool):
             yield session, self._lookup(pool, name)
 
-    def patiently(self, call: Callable[[], T]) -> T:
-        """Call, and call again while libvirt refreshes the pool in the background."""
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(errors.PoolBusy),
-            wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.5),
-            stop=tenacity.stop_after_delay(self.busy_timeout),
-            reraise=True,
-        )
-        return retrying(call)
-
     # This machine's view
 
     def is_local(self) -> bool:
@@ -336,17 +334,6 @@ class Pool:
 
     # Private
 
-    def _measure(self, name: str) -> tuple[int, int]:
-        """Return what kind of volume it is, and its length."""
-        flags = libvirt.VIR_STORAGE_VOL_GET_PHYSICAL
-        info = self._retry(
-            f"measuring {name}",
-            lambda s, pool: self._lookup(pool, name).infoFlags(flags),
-        )
-        # Of an image in a cluster libvirt knows only its size, and says 0 here (9.0).
-        is_image = info[0] == libvirt.VIR_STORAGE_VOL_NETWORK
-        return int(info[0]), int(info[1 if is_image else 2])
-
     def _prove_local(self) -> bool:
         if not os.access(self.path, os.R_OK | os.X_OK):
             return False
@@ -379,45 +366,3 @@ class Pool:
                 pool.createXML(text, 0)
 
         self._retry(f"creating {name}", create, name)
-
-    def _lookup(
-        self, pool: "libvirt.virStoragePool", name: str
-    ) -> "libvirt.virStorageVol":
-        try:
-            return pool.storageVolLookupByName(name)
-        except libvirt.libvirtError as e:
-            if translation.code(e) != libvirt.VIR_ERR_NO_STORAGE_VOL:
-                raise
-        pool.refresh(0)
-        try:
-            return pool.storageVolLookupByName(name)
-        except libvirt.libvirtError as e:
-            if translation.code(e) != libvirt.VIR_ERR_NO_STORAGE_VOL:
-                raise
-            raise errors.VolumeNotFound(
-                host=self.host.name, pool=self.name, volume=name
-            ) from e
-
-    @contextlib.contextmanager
-    def _session(
-        self, doing: str, *, volume: str = "?", timeout: float | None = None
-    ) -> Iterator[tuple[Session, "libvirt.virStoragePool"]]:
-        doing = f"pool {self.name}: {doing}"
-        with self.host.session(
-            doing, pool=self.name, volume=volume, timeout=timeout
-        ) as session:
-            yield session, session.conn.storagePoolLookupByName(self.name)
-
-    def _retry(
-        self,
-        doing: str,
-        call: "Callable[[Session, libvirt.virStoragePool], T]",
-        volume: str = "?",
-    ) -> T:
-        """Call in a session, patiently."""
-
-        def attempt() -> T:
-            with self._session(doing, volume=volume) as (session, pool):
-                return call(session, pool)
-
-        return self.patiently(attempt)

@@ -82,7 +82,7 @@ def forget() -> None:
 
 def restore(error: libvirt.libvirtError) -> libvirt.libvirtError:
     """Give an exception that knows nothing what libvirt said."""
-    if error.err is None:
+    if error.err is None or error.err[0] == libvirt.VIR_ERR_OK:
         error.err = _newest.error
     return error
 

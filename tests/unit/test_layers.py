@@ -36,6 +36,7 @@ FLOORS = {
     "wire": 2,
     "poolxml": 2,
     "nearby": 2,
+    "poolcalls": 2,
     "storagepool": 2,
     "record": 2,
     # Images that come in: how they are looked at, and where they come from.

@@ -50,10 +50,16 @@ class FakePool:
         self.calls: list[tuple[str, str]] = []
         self.before: Callable[[str, str], object] = lambda call, volume: None
         self.stays: int | None = None
+        self.is_near = False
 
     def names(self) -> list[str]:
         self._called("names", "")
         return list(self.volumes)
+
+    def stands(self, name: str) -> bool:
+        if self.is_near:
+            self._called("stands", name)
+        return self.is_near and name in self.volumes
 
     def create_raw(self, name: str, size: int) -> None:
         self._called("create", name)
@@ -95,9 +101,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture
-def pool(clock: Clock) -> FakePool:
-    return FakePool()
+@pytest.fixture(params=["listed", "near"])
+def pool(clock: Clock, request: pytest.FixtureRequest) -> FakePool:
+    """One that has to be listed; or of this machine, where a look tells."""
+    made = FakePool()
+    made.is_near = request.param == "near"
+    return made
 
 
 @pytest.fixture
@@ -579,12 +588,17 @@ STEPS = st.tuples(
     schedule=st.lists(STEPS, max_size=60),
     publishers=st.lists(st.booleans(), min_size=2, max_size=3),
     unfinished=st.integers(0, 2),
+    is_near=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_never_two_winners(
-    schedule: list[tuple[int, float]], publishers: list[bool], unfinished: int
+    schedule: list[tuple[int, float]],
+    publishers: list[bool],
+    unfinished: int,
+    is_near: bool,
 ) -> None:
     stepper, pool = Stepper(iter(schedule)), FakePool()
+    pool.is_near = is_near
     pool.before = stepper.step
     won: list[record.Stored[Body]] = []
     for number in range(unfinished):
@@ -606,6 +620,24 @@ def test_a_first_generation_that_was_never_written_is_no_record(
 ) -> None:
     pool.volumes["vol.rec.1"] = bytes(4096)
     assert store.find("vol") is None
+
+
+def test_what_is_near_is_listed_once(pool: FakePool) -> None:
+    """However many others there are: the next generation is looked for by name."""
+    pool.is_near = True
+    store = store_of(pool)
+    published(store, 2)
+    pool.calls.clear()
+    assert store.read("vol").generation == 2
+    store.publish("vol", Body(text="z"), after=2)
+    store.prune("vol")
+    other = store_of(pool)
+    other.publish("vol", Body(text="theirs"), after=3)
+    pool.calls.clear()
+    assert store.read("vol").body.text == "theirs"
+    assert "names" not in [call for call, _ in pool.calls]
+    store.remove("vol")
+    assert store.find("vol") is None and not pool.volumes
 
 
 # All of them

@@ -213,3 +213,14 @@ def test_full_disk(number: int) -> None:
     error = libvirt.libvirtError("x")
     error.err = (code, domain, "cannot write", 2, None, None, None, number, -1)
     assert isinstance(translated(error), errors.DiskFull)
+
+
+@pytest.mark.parametrize("lost", [None, (0, 0, None, 0, None, None, None, 0, 0)])
+def test_an_exception_that_knows_nothing(lost: tuple[object, ...] | None) -> None:
+    """What libvirt said last in this thread is what it is about."""
+    real = failure(libvirt.VIR_ERR_STORAGE_VOL_EXIST, libvirt.VIR_FROM_STORAGE, "vol")
+    translation.keep(None, real.err)
+    error = libvirt.libvirtError("lost")
+    error.err = lost
+    assert isinstance(translated(error), errors.VolumeExists)
+    translation.forget()
