@@ -15,7 +15,7 @@ SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 BACKENDS := dir,shared_dir,rbd
 ALL_BACKENDS := $(BACKENDS),lvm
 FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 2400 \
-	$(PYTEST) tests/functional --require-backends=$(BACKENDS)
+	$(PYTEST) tests/functional --durations=25 --require-backends=$(BACKENDS)
 TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer cache

@@ -5,6 +5,7 @@ What lies in staging has passed nothing yet, and is read by the door alone.
 """
 
 import contextlib
+import errno
 import hashlib
 import re
 import shutil
@@ -142,7 +143,7 @@ class Fetcher:
         """Write what the source gives to a file with holes; return its checksum."""
         _demand_room(path.parent, described.size or 0, self._here.name)
         progress.phase("fetching", described.size or 0)
-        with path.open("xb", buffering=0) as file:
+        with self._full_disk(path), path.open("xb") as file:
 
             def write(data: bytes) -> None:
                 if any(data):
@@ -161,6 +162,18 @@ class Fetcher:
                 volume=source.origin, reason="it became another image meanwhile"
             )
         return f"{received.checksum.algorithm}:{received.checksum.hex}"
+
+    @contextlib.contextmanager
+    def _full_disk(self, path: Path) -> Iterator[None]:
+        """Say it when the staging's disk is full."""
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise errors.DiskFull(
+                host=self._here.name, pool=str(path.parent.parent), reason=e.strerror
+            ) from e
 
     def _volume(self, work: "_Work", checksum: str, length: int) -> model.Volume:
         """Return the image's record, as it is before there is anything of it."""

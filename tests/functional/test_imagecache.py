@@ -283,6 +283,27 @@ def test_those_who_wait_hear_of_a_failure(place: Place) -> None:
     place.cache.obtain(place.source())
 
 
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_the_staging_is_full(place: Place) -> None:
+    """A source that does not tell its size, on a disk that is too small for it."""
+
+    class Untold(Counted):
+        def described(self) -> sources.Described:
+            return dataclasses.replace(super().described(), size=None)
+
+    staged = fetching.directory(place.here)
+    staged.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(staged)]
+    subprocess.run(mount, check=True, timeout=30)
+    try:
+        with pytest.raises(errors.DiskFull, match="staging"):
+            place.cache.obtain(Untold(place.image))
+        place.expect_nothing()
+    finally:
+        subprocess.run(["umount", str(staged)], check=True, timeout=30)
+    place.cache.obtain(Untold(place.image))
+
+
 def test_cancelled(place: Place) -> None:
     progress, source = Progress(), place.source(delay=30)
     with ThreadPoolExecutor(1) as pool:
