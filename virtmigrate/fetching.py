@@ -109,7 +109,9 @@ class Fetcher:
     def _brought(self, work: "_Work") -> model.Volume:
         """Download the image, have it checked, and fill it in."""
         came, described, progress = work.place / "image", work.described, work.progress
-        checksum = self._download(work.source, described, came, progress, work.check)
+        checksum = self._download(
+            work.claim.key, work.source, described, came, progress, work.check
+        )
         progress.phase("checking at the door")
         found = door.inspect(came, described.format, self._limits, work.check)
         raw, length = came, came.stat().st_size
@@ -134,6 +136,7 @@ class Fetcher:
 
     def _download(
         self,
+        key: str,
         source: sources.Source,
         described: sources.Described,
         path: Path,
@@ -156,8 +159,7 @@ class Fetcher:
                 source, write, check, max_size=self._limits.max_size
             )
             file.truncate(received.size)
-        if source.described() != described:
-            # Its key says what was described before.
+        if slots.key_of(source.origin, source.described()) != key:
             raise errors.SourceChanged(
                 volume=source.origin, reason="it became another image meanwhile"
             )

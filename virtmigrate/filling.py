@@ -67,17 +67,24 @@ class Filler:
         return self.settle(volume)
 
     def settle(self, volume: model.Volume) -> model.Volume:
-        """Take an incoming volume in, durably, and publish that it is usable."""
+        """Take an incoming volume in, durably, and publish that it is usable.
+
+        Raises VolumeNotFound, RecordConflict when somebody gave it up meanwhile.
+        """
         pool, path = self._backend.accept(volume.name)
-        return self._backend.update(
-            msgspec.structs.replace(
-                volume,
-                pool=pool,
-                path=path,
-                state=VolumeState.USABLE,
-                durable=self._backend.persist(pool, volume.name),
-            )
+        durable = self._backend.persist(pool, volume.name)
+        usable = msgspec.structs.replace(
+            volume, pool=pool, path=path, state=VolumeState.USABLE, durable=durable
         )
+        store = self._backend.volumes
+        stored = store.find(volume.name)
+        if stored is None or stored.body.state is not VolumeState.INCOMPLETE:
+            raise errors.VolumeNotFound(
+                host=self._here.name, pool=pool, volume=volume.name
+            )
+        store.publish(volume.name, usable, after=stored.generation)
+        store.prune(volume.name)
+        return usable
 
     # Private
 

@@ -164,6 +164,17 @@ class ImageCache:
 
     # Private
 
+    def _clear_others(self, claim: slots.Claim) -> None:
+        """Remove what those left who had the slot before, or leave it to a sweep."""
+        for stored in self._backend.catalog.all():
+            image = stored.body.image
+            if image is None or image.key != claim.key:
+                continue
+            try:
+                self.shelf.clear(stored)
+            except errors.StorageError as e:
+                LOG.warning("volume=%s stays for now: %s", stored.name, e)
+
     def _published(self, found: Stored[model.Slot] | None) -> model.Volume | None:
         """Return the image that a slot names; None where it is gone."""
         if found is None or not found.body.volume:
@@ -191,11 +202,8 @@ class ImageCache:
         described: sources.Described,
         progress: Progress,
     ) -> model.Volume:
-        for stored in self._backend.catalog.all():
-            # What those left who had the slot before.
-            if stored.body.image and stored.body.image.key == claim.key:
-                self.shelf.clear(stored)
         with claim.beating(self._lease, progress):
+            self._clear_others(claim)
             fetcher = fetching.Fetcher(self._here, self._backend)
             image = fetcher.fetch(claim, source, described, progress)
         self.counters.fetched += image.size
@@ -264,7 +272,7 @@ class Caches:
             try:
                 cache.sweep()
                 cache.prune()
-            except (errors.StorageError, errors.HostError) as e:
+            except (errors.StorageError, errors.HostError, OSError) as e:
                 LOG.warning("host=%s images: %s", self._here.name, e)
                 problems.append(f"images: {e}")
         return problems

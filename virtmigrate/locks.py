@@ -348,7 +348,11 @@ class _Held:
         except errors.Error as e:
             LOG.warning("lock=%s not renewed, tried again: %s", name, e)
         else:
-            self._until[name] = asked + lease
+            if _now() >= self._until[name]:
+                # It ended before the answer came: others may have had it.
+                self._lost.add(name)
+            else:
+                self._until[name] = asked + lease
 
 
 def _now() -> float:

@@ -61,12 +61,15 @@ def image(conf: cfg.ConfigOpts, context: Any, image_meta: Any) -> Path | sources
             )
         return Path(str(path))
     least = int(_field(image_meta, "min_disk", 0) or 0) * GiB
-    checksum = _field(image_meta, "checksum", None)
-    proof = _checksum(str(checksum)) if checksum else None
+    checksum, url = (
+        _field(image_meta, "checksum", None),
+        _field(image_meta, "url", None),
+    )
     if path:
+        proof = _checksum(str(checksum)) if checksum else None
         return sources.LocalFile(Path(str(path)), fmt, proof, least)
-    url = _field(image_meta, "url", None)
-    if url and proof:
+    if url and checksum:
+        proof = _checksum(str(checksum))
         return sources.WebFile(
             str(url), fmt, proof, sources.Terms.configured(conf), least
         )

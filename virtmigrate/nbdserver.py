@@ -115,7 +115,9 @@ class Server:
     def _connected(self, socket: Path, said: IO[bytes]) -> "Connection":
         """Return a connection, as soon as it serves."""
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda _: self._process.poll() is None),
+            retry=tenacity.retry_if_exception(
+                lambda e: isinstance(e, Failed) and self._process.poll() is None
+            ),
             wait=tenacity.wait_fixed(0.02),
             stop=tenacity.stop_after_delay(_STARTING),
             reraise=True,

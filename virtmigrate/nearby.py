@@ -25,10 +25,6 @@ class Nearby:
         with os.scandir(self._path) as found:
             return [each.name for each in found if _is_volume(each)]
 
-    def has(self, name: str) -> bool:
-        """Tell whether there is something of this name."""
-        return os.path.lexists(self._path / name)
-
     def read(self, name: str, limit: int) -> bytes:
         """Return the bytes of a small file.
 

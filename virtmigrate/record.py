@@ -38,9 +38,6 @@ _MAGIC = b"virtmigrate-record"
 _TRIES = 5
 """Times that a record is published again because its storage was slow."""
 
-_REMEMBERED = 65536
-"""Names whose newest generation is remembered."""
-
 _BLOCK = 4 * KiB
 _SEAL = 67
 """Bytes of a record besides its head line and its payload: line ends and a digest."""
@@ -128,8 +125,6 @@ class Store(Generic[T]):
         self.pool = pool
         self._kind = kind
         self._grace = grace
-        self._newest: dict[str, int] = {}
-        """The newest generation seen of a name: where to look first."""
 
     def find(self, name: str) -> Stored[T] | None:
         """Return the newest valid record of this name, or None if there is none.
@@ -227,7 +222,7 @@ class Store(Generic[T]):
 
     def remove(self, name: str) -> None:
         """Remove the record, the newest generation last, so that none revives."""
-        for generation in self._listed(name):
+        for generation in self._generations(name):
             self.pool.delete(_volume(name, generation))
 
     def written(self, stored: Stored[T]) -> float:
@@ -246,33 +241,10 @@ class Store(Generic[T]):
         )
 
     def _generations(self, name: str) -> list[int]:
-        """Return the generations that count, by one listing at most.
-
-        They follow each other without a gap: beside one that is still there, the
-        newest is found by looking for the next. Below a gap may be older ones, that a
-        killed prune left.
-        """
-        known = self._newest.get(name, 0)
-        if not known or not self.pool.stands(_volume(name, known)):
-            return self._listed(name)
-        first = last = known
-        while self.pool.stands(_volume(name, first - 1)):
-            first -= 1
-        while self.pool.stands(_volume(name, last + 1)):
-            last += 1
-        self._newest[name] = last
-        return list(range(first, last + 1))
-
-    def _listed(self, name: str) -> list[int]:
-        """Return all generations of a name, by a listing."""
         found = _parse_all(self.pool.names())
-        generations = sorted(
+        return sorted(
             generation for found_name, generation in found if found_name == name
         )
-        if len(self._newest) >= _REMEMBERED:
-            self._newest.clear()
-        self._newest[name] = generations[-1] if generations else 0
-        return generations
 
     def _is_unborn(self, name: str, generation: int) -> bool:
         """Tell whether a generation was created and never written.

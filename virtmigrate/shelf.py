@@ -87,6 +87,10 @@ class Shelf:
         if stored.body.state is VolumeState.USABLE:
             # No slot names it, so nobody comes to count on it any more.
             return bool(self.drop([Cached(stored.body, ())]))
+        is_doomed = stored.body.state is VolumeState.DOOMED
+        # It may have become one that is counted on.
+        if not is_doomed and not self._backend.images.doom(stored):
+            return False
         return self._erase(stored)
 
     def beyond(self, cached: list[Cached]) -> Iterator[Cached]:

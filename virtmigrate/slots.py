@@ -59,7 +59,10 @@ class Slots:
         self._catalog = catalog.Catalog(self._store)
 
     def find(self, key: str) -> record.Stored[model.Slot] | None:
-        return self._store.find(PREFIX + key)
+        # One that was torn when it was made first is made again.
+        with contextlib.suppress(errors.RecordBroken):
+            return self._store.find(PREFIX + key)
+        return None
 
     def claim(
         self, key: str, source: str, found: record.Stored[model.Slot] | None, host: str
@@ -90,8 +93,10 @@ class Slots:
             return True
         if found.body.volume or found.body.failed:
             return found.body.volume != volume.name
-        # By the clock of the storage's host, which may be another one's.
-        return time.time() - self._store.written(found) > _PATIENCE * lease
+        # By the clock of the storage's host, which may be another one's. Without it
+        # there is a newer sign of life.
+        written = self._store.written(found)
+        return written > 0 and time.time() - written > _PATIENCE * lease
 
     def forget(self, key: str, volume: str) -> None:
         """Remove the slot of an image that is gone."""
@@ -134,11 +139,10 @@ class Claim:
             yield
         except Lost:
             raise
-        except BaseException as e:
+        except errors.Error as e:
             ended.set()
             thread.join()
-            with contextlib.suppress(Lost, errors.Error):
-                self._publish(failed=str(e) or type(e).__name__)
+            self._say_failed(e)
             raise
         finally:
             ended.set()
@@ -155,18 +159,42 @@ class Claim:
 
     # Private
 
+    def _say_failed(self, error: errors.Error) -> None:
+        """Tell those who wait; Lost where that is why it failed.
+
+        Who is cancelled tells nothing: another one goes on when the lease is over.
+        """
+        try:
+            self._publish(failed=str(error))
+        except Lost:
+            raise Lost from error
+        except errors.Error as e:
+            LOG.warning("slot=%s: nobody is told that it failed: %s", self.key, e)
+
     def _publish(self, **changes: object) -> None:
         with self._lock:
             self.demand()
-            name, body = self._stored.name, self._stored.body
-            if body.volume:
-                return
-            body = msgspec.structs.replace(body, **changes)
             try:
-                self._stored = self._store.publish(
-                    name, body, after=self._stored.generation
-                )
-            except errors.RecordConflict as e:
-                self._lost = True
-                raise Lost from e
-            self._store.prune(name)
+                self._change(changes)
+            except errors.Error:
+                # It may be written all the same, and is then what the next one follows.
+                if not self._is_ours():
+                    self._lost = True
+                    raise Lost from None
+                self._change(changes)
+            self._store.prune(self._stored.name)
+
+    def _change(self, changes: dict[str, object]) -> None:
+        body = msgspec.structs.replace(self._stored.body, **changes)
+        if self._stored.body.volume or body == self._stored.body:
+            return
+        self._stored = self._store.publish(
+            self._stored.name, body, after=self._stored.generation
+        )
+
+    def _is_ours(self) -> bool:
+        found = self._store.find(self._stored.name)
+        if found is None or found.body.operation != self.operation:
+            return False
+        self._stored = found
+        return True

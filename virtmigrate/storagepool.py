@@ -171,11 +171,6 @@ class Pool(poolcalls.PoolCalls):
         """Tell whether the volume exists, after a refresh."""
         return name in self.names()
 
-    def stands(self, name: str) -> bool:
-        """Tell whether a volume is there, where that is seen at once; else False."""
-        near = self._near()
-        return near is not None and near.has(name)
-
     def create_raw(self, name: str, size: int) -> None:
         """Create a raw volume of size bytes, all zeros, exclusively.
 

@@ -207,6 +207,12 @@ class Tenures:
         if found is not None and (found.host, found.peer) == (self._host, None):
             return set()
         holder = found.host if found is not None else "another host"
+        if found is not None and found.peer and not self._may_take(found):
+            # Its peer may run a copy, of which nothing here knows.
+            if not is_down:
+                reason = _MOVING.format(holder, found.peer)
+                raise self._refused(wanted, reason)
+            holder = f"{holder} or {found.peer}"
         if not backend.capabilities.fences:
             if not is_down:
                 raise self._refused(wanted, _NO_FENCE.format(backend.name, holder))
@@ -271,6 +277,10 @@ class Tenures:
                     raise
 
 
+_MOVING = (
+    "{0} was moving it to {1}, which may run it: confirm or revert that move; or see "
+    "that both are down, and say so (--host-is-down)"
+)
 _NO_FENCE = (
     "backend {} cannot keep {} from writing to its disks. See that it is down, and "
     "stays so, then say it (--host-is-down)"

@@ -9,16 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from virtmigrate import conf, fetching, imagecache, node, slots, sources
+from virtmigrate import conf, fetching, filling, imagecache, node, slots, sources
 
 
 def main(step: str, config: str, backend: str, path: str) -> None:
-    kind = slots.Claim if step == "fill" else fetching.Fetcher
+    kinds = {"fill": slots.Claim, "settle": filling.Filler}
+    kind = kinds.get(step, fetching.Fetcher)
     real = getattr(kind, step, None)
 
     def stop(*args: Any) -> object:
         # Half of it is done, where that can be.
         done = real(*args) if real and step == "_download" else None
+        if step == "settle":
+            args[0]._backend.accept(args[1].name)
         print("there", flush=True)
         time.sleep(120)
         return done

@@ -36,6 +36,11 @@ def kinds(
     with between(pair, hosts, tmp_path, cluster) as made:
         made.image.write_bytes(content())
         yield made
+        # Others have the cluster's pool after us.
+        for side in (made.a, made.b):
+            cache = side.driver.images.of(side.driver.node.backend(side.name))
+            for each in cache.shelf.all():
+                cache.remove(each)
 
 
 def spawn(kinds: Kinds) -> Any:

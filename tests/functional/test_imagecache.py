@@ -35,6 +35,7 @@ from virtmigrate import (
     imagecache,
     manifest,
     model,
+    record,
     slots,
     sources,
     storagepool,
@@ -315,14 +316,15 @@ def test_cancelled(place: Place) -> None:
     place.expect_nothing()
 
 
+@pytest.mark.parametrize("when", ["filled", "settle"])
 def test_one_who_was_too_slow_loses(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """It gives no sign of life; another one fetches; then it goes on."""
     go, slow = threading.Event(), place.fresh()
-    real = filling.Filler.filled
+    real = getattr(filling.Filler, when)
 
-    def late(self: filling.Filler, *args: Any) -> model.Volume:
+    def late(self: filling.Filler, *args: Any) -> Any:
         if threading.current_thread().name.startswith("late"):
             with claims[0]._lock:
                 assert go.wait(60)
@@ -336,7 +338,7 @@ def test_one_who_was_too_slow_loses(
         return beating(self, *args)
 
     monkeypatch.setattr(slots.Claim, "beating", noted)
-    monkeypatch.setattr(filling.Filler, "filled", late)
+    monkeypatch.setattr(filling.Filler, when, late)
     with ThreadPoolExecutor(1, thread_name_prefix="late") as pool:
         source = place.source()
         first = pool.submit(slow.obtain, source)
@@ -349,7 +351,7 @@ def test_one_who_was_too_slow_loses(
     assert place.backend.volumes.names() == [image.name]
 
 
-@pytest.mark.parametrize("when", ["_download", "_brought", "fill"])
+@pytest.mark.parametrize("when", ["_download", "_brought", "settle", "fill"])
 def test_killed_and_taken_over(place: Place, when: str) -> None:
     """By SIGKILL in the middle; nothing of it stays, and it is fetched again."""
     argv = [sys.executable, "-m", "tests.functional.killed_fetch", when]
@@ -365,6 +367,57 @@ def test_killed_and_taken_over(place: Place, when: str) -> None:
     place.cache.sweep()
     assert place.images() == [image.name]
     assert not list(fetching.directory(place.here).iterdir())
+
+
+def test_a_sign_of_life_that_was_written_all_the_same(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer was lost: it is no other one's."""
+    claim = slots.Slots(place.backend.volumes.pool, 1).claim("ab" * 16, "x", None, "h")
+    assert claim is not None
+    real = record.Store.publish
+
+    def cut(self: Any, *args: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        real(self, *args, **named)
+        raise errors.HostTimeout(host="h", doing="writing", seconds=1)
+
+    monkeypatch.setattr(record.Store, "publish", cut)
+    claim._publish(done=1)
+    monkeypatch.setattr(record.Store, "publish", cut)
+    claim.fill("volume")
+    claim.demand()
+    found = place.cache._slots.find("ab" * 16)
+    assert found is not None and (found.body.done, found.body.volume) == (1, "volume")
+    place.cache._slots.forget("ab" * 16, "volume")
+
+
+def test_one_who_gave_a_sign_meanwhile_is_not_over(place: Place) -> None:
+    """The sign that was looked at is gone when it is asked how old it is."""
+    held = slots.Slots(place.backend.volumes.pool, 1)
+    claim = held.claim("ab" * 16, "x", None, "h")
+    assert claim is not None
+    before = held.find(claim.key)
+    image = place.cache.obtain(place.source())
+    made = msgspec.structs.replace(image, operation=claim.operation)
+    for done in range(1, 4):
+        claim._publish(done=done)
+    assert not held.is_over(before, made, LEASE)
+    claim.fill("volume")
+    held.forget(claim.key, "volume")
+
+
+def test_what_became_usable_is_not_cleared(place: Place) -> None:
+    """It was incomplete when the sweep looked."""
+    image = place.cache.obtain(place.source())
+    now = place.backend.volumes.read(image.name)
+    before = record.Stored(
+        now.name,
+        now.generation - 1,
+        msgspec.structs.replace(now.body, state=VolumeState.INCOMPLETE),
+    )
+    assert not place.cache.shelf.clear(before)
+    assert place.root(image) == told(content())
 
 
 def test_what_is_being_fetched_is_not_swept(place: Place) -> None:

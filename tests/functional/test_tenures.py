@@ -22,9 +22,11 @@ import sandbox
 from sandbox import guest
 from sandbox.ceph import Ceph
 from tests.functional import places
-from tests.functional.sides import Kinds, Side
+from tests.functional.sides import Kinds, Side, between
 from tests.functional.test_kinds import Cancelling
 from virtmigrate import errors, model, takeover
+from virtmigrate.tenure import Tenures
+from virtmigrate.units import MiB
 
 LONG = 60.0
 
@@ -217,6 +219,72 @@ def test_a_revert_before_the_peer_took_it(kinds: Kinds) -> None:
     assert holder(kinds.a, instance) == ("ten-alpha", None)
     assert kinds.a.state_of(instance) == "running"
     kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_rollback_leaves_what_was_taken_over(rbd: Kinds) -> None:
+    """Its disk is not made what it was when the move began: another one has it."""
+    instance = rbd.spawn()
+    side = rbd.a
+    name, volume = side.disk(instance)
+    backend = side.driver.node.backend(name)
+
+    class TakenOver(Cancelling):
+        def phase(self, phase: str, total: int = 0) -> None:
+            if phase == "handing over":
+                wanted = side.driver.node.instances.read(instance.uuid).body
+                third = Tenures({name: backend}, "third")
+                third.seize(wanted, is_down=True)
+                target = backend.target(volume.name, volume.size)
+                with target.writer(volume.size, lambda: None) as writer:
+                    writer.write(0, b"of the third host")
+            super().phase(phase, total)
+
+    side.driver._progress = lambda: TakenOver()
+    with pytest.raises((errors.Error, errors.Cancelled)):
+        rbd.move(instance)
+    side.driver.settle()
+    source = backend.source(volume, volume.size)
+    with source:
+        assert (source.read(0, MiB) or b"").startswith(b"of the third host")
+    assert side.state_of(instance) is None
+    backend.tenures.remove(instance.uuid)
+    backend.remove(volume.name)
+
+
+def test_a_copy_that_was_given_back_leaves_none(
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> None:
+    with between(("dir-ext4", "rbd"), hosts, tmp_path, cluster) as kinds:
+        instance = kinds.spawn()
+        kinds.move(instance)
+        there = kinds.b.driver.node.backend(kinds.b.name)
+        assert there.tenures.find(instance.uuid) is not None
+        kinds.b.driver.destroy(None, instance, None)
+        kinds.a.driver.finish_revert_migration(None, instance)
+        assert there.tenures.find(instance.uuid) is None
+        kinds.a.driver.destroy(None, instance, None)
+
+
+def test_a_give_back_that_was_killed_passes_it_on(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it noted that the instance is gone, and before the tenure."""
+    instance = rbd.spawn()
+    rbd.move(instance)
+
+    def die(*_: object) -> None:
+        raise errors.StorageDown(host="b", pool="p", seconds=1, reason="killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rbd.b.driver.node.tenures, "pass_on", die)
+        with pytest.raises(errors.StorageDown):
+            rbd.b.driver.destroy(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+    rbd.a.driver.finish_revert_migration(None, instance)
+    assert rbd.a.state_of(instance) == "running"
+    rbd.a.driver.destroy(None, instance, None)
 
 
 def test_a_failed_move_leaves_it(kinds: Kinds) -> None:

@@ -88,6 +88,13 @@ def test_a_file_with_an_id_is_an_image(tmp_path: Path) -> None:
     assert (described.format, described.min_disk) == ("qcow2", 2 * GiB)
 
 
+def test_the_services_own_checksum_is_not_asked_for() -> None:
+    """Nova's image_meta has an md5, without its name."""
+    meta = {"id": "7", "checksum": "d41d8cd98f00b204e9800998ecf8427e"}
+    with pytest.raises(errors.ImageUnavailable, match="image_service_cloud"):
+        mapping.image(CONF, None, meta)
+
+
 def test_an_address_needs_a_checksum() -> None:
     meta = {"url": "https://example.org/i", "id": "7", "checksum": SHA}
     found = mapping.image(CONF, None, meta)

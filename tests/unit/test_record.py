@@ -50,16 +50,10 @@ class FakePool:
         self.calls: list[tuple[str, str]] = []
         self.before: Callable[[str, str], object] = lambda call, volume: None
         self.stays: int | None = None
-        self.is_near = False
 
     def names(self) -> list[str]:
         self._called("names", "")
         return list(self.volumes)
-
-    def stands(self, name: str) -> bool:
-        if self.is_near:
-            self._called("stands", name)
-        return self.is_near and name in self.volumes
 
     def create_raw(self, name: str, size: int) -> None:
         self._called("create", name)
@@ -101,12 +95,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture(params=["listed", "near"])
-def pool(clock: Clock, request: pytest.FixtureRequest) -> FakePool:
-    """One that has to be listed; or of this machine, where a look tells."""
-    made = FakePool()
-    made.is_near = request.param == "near"
-    return made
+@pytest.fixture
+def pool(clock: Clock) -> FakePool:
+    return FakePool()
 
 
 @pytest.fixture
@@ -588,17 +579,12 @@ STEPS = st.tuples(
     schedule=st.lists(STEPS, max_size=60),
     publishers=st.lists(st.booleans(), min_size=2, max_size=3),
     unfinished=st.integers(0, 2),
-    is_near=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_never_two_winners(
-    schedule: list[tuple[int, float]],
-    publishers: list[bool],
-    unfinished: int,
-    is_near: bool,
+    schedule: list[tuple[int, float]], publishers: list[bool], unfinished: int
 ) -> None:
     stepper, pool = Stepper(iter(schedule)), FakePool()
-    pool.is_near = is_near
     pool.before = stepper.step
     won: list[record.Stored[Body]] = []
     for number in range(unfinished):
@@ -622,24 +608,6 @@ def test_a_first_generation_that_was_never_written_is_no_record(
     assert store.find("vol") is None
 
 
-def test_what_is_near_is_listed_once(pool: FakePool) -> None:
-    """However many others there are: the next generation is looked for by name."""
-    pool.is_near = True
-    store = store_of(pool)
-    published(store, 2)
-    pool.calls.clear()
-    assert store.read("vol").generation == 2
-    store.publish("vol", Body(text="z"), after=2)
-    store.prune("vol")
-    other = store_of(pool)
-    other.publish("vol", Body(text="theirs"), after=3)
-    pool.calls.clear()
-    assert store.read("vol").body.text == "theirs"
-    assert "names" not in [call for call, _ in pool.calls]
-    store.remove("vol")
-    assert store.find("vol") is None and not pool.volumes
-
-
 # All of them
 
 
@@ -658,10 +626,22 @@ def test_catalog_reads_what_changed(pool: FakePool, store: record.Store[Body]) -
     store.publish("vol", Body(text="y"), after=1)
     pool.calls.clear()
     assert [each.body.text for each in found.all()] == ["x", "y"]
-    assert reads(pool) == ["vol.rec.2"]
-    assert list(found.all()) and reads(pool) == []
+    # A first generation is read each time: its name may have been used before.
+    assert reads(pool) == ["other.rec.1", "vol.rec.2"]
+    assert list(found.all()) and reads(pool) == ["other.rec.1"]
     store.remove("other")
     assert [each.name for each in found.all()] == ["vol"]
+
+
+def test_catalog_sees_a_name_that_is_used_again(
+    pool: FakePool, store: record.Store[Body]
+) -> None:
+    store.publish("vol", Body(text="x"))
+    found = catalog.Catalog(store)
+    assert [each.body.text for each in found.all()] == ["x"]
+    store.remove("vol")
+    store.publish("vol", Body(text="y"))
+    assert [each.body.text for each in found.all()] == ["y"]
 
 
 def test_catalog_passes_over_what_cannot_be_read(

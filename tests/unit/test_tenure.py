@@ -203,6 +203,18 @@ def test_passed_on_it_may_be_taken_by_either() -> None:
     assert (one.now.host, one.now.peer) == ("b", None)
 
 
+def test_of_an_open_move_a_third_host_takes_nothing() -> None:
+    """The peer may run a copy elsewhere, and no client of it is known here."""
+    one = Storage("one")
+    told("a", one).take(of("one"))
+    told("a", one).pass_on(of("one"), "b")
+    with pytest.raises(errors.TakeOverRefused, match="moving it to b"):
+        told("c", one).seize(of("one"), is_down=False)
+    assert (one.now.host, one.fenced) == ("a", [])
+    told("c", one).seize(of("one"), is_down=True)
+    assert one.now.host == "c"
+
+
 def test_only_its_own_is_dropped() -> None:
     one, two = Storage("one"), Storage("two")
     told("a", one, two).take(of("one", "two"))

@@ -48,7 +48,8 @@ class Catalog(Generic[T]):
     ) -> record.Stored[T] | None:
         with self._lock:
             known = self._known.get(name)
-        if known is not None and known.generation == generation:
+        # A name that was removed may be used once more, from the first generation on.
+        if known is not None and known.generation == generation > 1:
             return known
         try:
             found = self._store.load(name, generation) or self._store.find(name)

@@ -217,10 +217,16 @@ class Making(Access):
         with contextlib.suppress(errors.RecordBroken):
             # A record that was never whole is older than any volume of its name.
             stored = self.volumes.find(name)
-            if stored is not None:
-                self.pool(stored.body.pool).delete(name)
+            for pool in self._pools_of(stored.body) if stored is not None else ():
+                self.pool(pool).delete(name)
         self._records.delete(keeping.manifest_name(name))
         self.volumes.remove(name)
+
+    def _pools_of(self, volume: model.Volume) -> set[str]:
+        """Return where a volume may lie: it moves before its record says so."""
+        if volume.pool == self.incoming.name:
+            return {self.incoming.name, self.disks.name}
+        return {volume.pool}
 
     def _demand(self, capability: bool, operation: str) -> None:
         if not capability:

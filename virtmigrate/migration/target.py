@@ -146,6 +146,19 @@ class Target:
             InstanceState.ARRIVED,
         )
 
+    def _has_gone(self, transfer: model.Transfer) -> model.Instance | None:
+        """Return the note that the instance of this transfer was given back."""
+        own = self._here.own_record(transfer.instance)
+        gone = transfer.operation, InstanceState.GONE
+        return own if own and (own.operation, own.state) == gone else None
+
+    def _drop_tenures(self, transfer: model.Transfer) -> None:
+        """Where there were only copies, nobody has anything to run any more."""
+        sent = {each.backend for each in transfer.volumes if not each.shared}
+        sent -= {each.backend for each in transfer.volumes if each.shared}
+        if transfer.source != self._here.name:
+            self._here.tenures.drop(transfer.instance, sent)
+
     def _return(self, stored: record.Stored[model.Transfer]) -> None:
         """Give back what a transfer brought; only what this host noted is stopped."""
         if stored.body.state is not TransferState.RETURNING:
@@ -156,9 +169,13 @@ class Target:
             self._here.domains.undefine(stored.body.instance)
             gone = self._say_gone(stored.body)
             self._here.tenures.pass_on(gone, stored.body.source)
+        elif noted := self._has_gone(stored.body):
+            # A killed attempt may not have come as far as this.
+            self._here.tenures.pass_on(noted, stored.body.source)
         else:
             self._here.forget_unborn(stored.body.instance)
         Arrival(self._here, stored).remove_volumes()
+        self._drop_tenures(stored.body)
         self._publish(stored, TransferState.RETURNED)
         LOG.info(
             "operation=%s instance=%s given back to %s",

@@ -61,6 +61,9 @@ class Undo:
                 self._win_back(peer_is_lost)
                 self._here.tenures.take(self._original)
                 self._journal.done("taken back")
+            elif self._journal.has("stopping"):
+                # Whoever took it over meanwhile may be writing to what was kept.
+                self._here.tenures.demand(self._original)
             self._restore_states()
             self._restore(power_on)
             self._let_go()
