@@ -174,6 +174,7 @@ class Claim:
     def _publish(self, **changes: object) -> None:
         with self._lock:
             self.demand()
+            before = self._stored.generation
             try:
                 self._change(changes)
             except errors.Error:
@@ -181,13 +182,15 @@ class Claim:
                 if not self._is_ours():
                     self._lost = True
                     raise Lost from None
-                self._change(changes)
+                if self._stored.generation == before:
+                    self._change(changes)
             self._store.prune(self._stored.name)
 
     def _change(self, changes: dict[str, object]) -> None:
-        body = msgspec.structs.replace(self._stored.body, **changes)
-        if self._stored.body.volume or body == self._stored.body:
+        if self._stored.body.volume:
             return
+        # Also where nothing else changes: that it is new is the sign.
+        body = msgspec.structs.replace(self._stored.body, **changes)
         self._stored = self._store.publish(
             self._stored.name, body, after=self._stored.generation
         )

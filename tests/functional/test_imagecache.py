@@ -258,6 +258,16 @@ def test_many_at_once_fetch_once(place: Place) -> None:
     assert sum(cache.counters.waits for cache in caches) == 7
 
 
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_one_who_does_not_advance_gives_signs_all_the_same(place: Place) -> None:
+    """No byte comes for longer than a lease: nobody takes it over."""
+    source = place.source(delay=3 * LEASE)
+    with ThreadPoolExecutor(2) as pool:
+        caches = [place.fresh(), place.fresh()]
+        found = list(pool.map(lambda each: each.obtain(source), caches))
+    assert source.reads == 1 and found[0] == found[1]
+
+
 def test_a_refused_image_leaves_nothing(place: Place) -> None:
     with place.image.open("r+b") as file:
         file.write(b"QFI\xfb\0\0\0\3")
