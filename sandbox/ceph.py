@@ -25,6 +25,7 @@ POOL = "volumes"
 PORT = 6789  # of the monitor; msgr v2 is on 3300
 PLACEMENT_GROUPS = 8
 CAPACITY = 4 * 1024**3  # bytes that the OSD takes; none is reserved
+DAEMONS = ("ceph-mon", "ceph-osd", "ceph-mgr")
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 60.0  # the OSD writes what it holds to its directory
 MONITOR_CAPS = {"mon": "allow *"}
@@ -83,9 +84,20 @@ class Ceph:
         self.run(["ceph", "auth", "import", "-i", str(self.keyring(name))])
 
     def run(self, argv: Sequence[str], *, timeout: float = 30.0) -> str:
-        """Run ceph, rbd or rados as the admin, and return what it prints."""
+        """Run ceph, rbd or rados as the admin, and return what it prints.
+
+        Raises SandboxError, which names the daemons that do not run.
+        """
         command = [argv[0], "--conf", str(self.conf), *argv[1:]]
-        return process.run(self._client(*command), timeout=timeout).stdout
+        try:
+            return process.run(self._client(*command), timeout=timeout).stdout
+        except errors.SandboxError as error:
+            gone = [each for each in DAEMONS if not self._daemons(each)]
+            if not gone:
+                raise
+            raise errors.SandboxError(
+                f"{self.name} has no {', '.join(gone)}: {error}"
+            ) from error
 
     # The whole cluster
 
@@ -227,10 +239,13 @@ class Ceph:
         found = json.loads(self.run(["ceph", "df", "--format", "json"]))
         return int(found["stats"]["total_bytes"]) > 0
 
+    def _daemons(self, program: str) -> list[process.Record]:
+        found = process.in_namespace("pid", self.pid)
+        return [each for each in found if process.name_of(each.pid) == program]
+
     def _daemon(self, program: str) -> process.Record:
-        for record in process.in_namespace("pid", self.pid):
-            if process.name_of(record.pid) == program:
-                return record
+        for record in self._daemons(program):
+            return record
         raise errors.SandboxError(f"{program} of {self.name} does not run")
 
     def _shut(self, program: str) -> None:
@@ -292,6 +307,10 @@ osd objectstore = memstore
 # renew it, and with one copy there is none: 0.8 of 20 s is too short for the tests.
 osd pool default read lease ratio = 1000
 memstore device bytes = {CAPACITY}
+# Its iterators race with writes of other threads: all placement groups note their
+# snapshots in one object, and trimming one while another is made ended the OSD.
+osd op num shards = 1
+osd op num threads per shard = 1
 # Otherwise SIGTERM ends it before it has written what it holds.
 osd fast shutdown = false
 osd crush chooseleaf type = 0

@@ -56,6 +56,16 @@ def images(cluster: Ceph) -> Iterator[rados.Ioctx]:
             rbd.RBD().remove(context, name)
 
 
+def osd(cluster: Ceph) -> int:
+    """Return the pid of its OSD."""
+    (found,) = [
+        record.pid
+        for record in process.in_namespace("pid", cluster.pid)
+        if process.name_of(record.pid) == "ceph-osd"
+    ]
+    return found
+
+
 def connection(cluster: Ceph, user: str = ceph.USER) -> rados.Rados:
     """Return a client that is not connected; it gives up after some seconds."""
     bounds = {"client_mount_timeout": "10", "rados_osd_op_timeout": "10"}
@@ -229,6 +239,22 @@ def impatient(cluster: Ceph) -> rados.Rados:
     client = connection(cluster)
     client.conf_set("client_mount_timeout", "1")
     return client
+
+
+def test_one_thread_works_on_what_is_stored(cluster: Ceph) -> None:
+    """Two at once have ended the OSD, by a race in memstore's iterators."""
+    tasks = Path(f"/proc/{osd(cluster)}/task").glob("*/comm")
+    assert [each.read_text().strip() for each in tasks].count("tp_osd_tp") == 1
+
+
+def test_a_daemon_that_ended_is_named(box: Sandbox) -> None:
+    dead = box.add_ceph("dead")
+    try:
+        os.kill(osd(dead), signal.SIGKILL)
+        with pytest.raises(SandboxError, match="dead has no ceph-osd: no end after"):
+            dead.run(["rbd", "ls", "--pool", POOL], timeout=2.0)
+    finally:
+        box.remove_ceph("dead")
 
 
 def test_freeze(cluster: Ceph, images: rados.Ioctx) -> None:
