@@ -22,6 +22,7 @@ from virtmigrate import (
     peers,
     periodic,
     receiver,
+    snapshot,
     spawning,
     takeover,
 )
@@ -82,6 +83,7 @@ class VirtMigrateDriver:
         self._peers = peers.Peers(self._node)
         self._node.ensure()
         self.images = imagecache.Caches(self._node)
+        self.snapshots = snapshot.Snapshots(self._node)
         self._source = source.Source(self._node, self.peer)
         self._target = target.Target(self._node)
         self.settle()
@@ -100,7 +102,7 @@ class VirtMigrateDriver:
         and debts are paid.
         """
         left = [*self.node.sweep(), *takeover.stop_lost(self.node)]
-        left += self.images.tend()
+        left += [*self.images.tend(), *self.snapshots.finish()]
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:

@@ -10,6 +10,8 @@ import enum
 import msgspec
 
 from virtmigrate.formats import DiskFormat
+from virtmigrate.schema import Struct as Struct
+from virtmigrate.snapshottree import Snapshot
 
 
 class VolumeState(enum.Enum):
@@ -83,10 +85,6 @@ class TransferState(enum.Enum):
     WITHDRAWN = "withdrawn"
     """The source took the right back before the peer took it, or the peer gave up
     waiting for the source."""
-
-
-class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A frozen, strictly typed structure."""
 
 
 class Digest(Struct, frozen=True):
@@ -202,6 +200,47 @@ class DiskRef(Struct, frozen=True):
     role: Role
 
 
+class Changing(enum.Enum):
+    """What is being done to an instance's snapshots."""
+
+    CREATING = "creating"
+    """Layers are being made and put over the disks. The domain's XML says which."""
+    PREPARING = "preparing to revert"
+    """Layers are being made; nothing else was touched."""
+    REVERTING = "reverting"
+    """The record says what the disks are, and the domain is being made that."""
+    RESUMING = "resuming"
+    """All is as it is to be, but that the guest does not run yet."""
+    DELETING = "deleting"
+    """States are being dropped; they are not to be gone back to any more."""
+    TIDYING = "tidying up"
+    """Layers that nobody needs are being merged or removed; the guest may run."""
+
+
+class Change(Struct, frozen=True):
+    """A change of an instance's snapshots that is not finished.
+
+    Written before its first step, taken away after its last one: what a kill leaves
+    is finished, or undone, by what this says.
+    """
+
+    what: Changing
+    operation: str
+    """The end of the names of volumes that were made for it."""
+    disks: tuple[DiskRef, ...] = ()
+    """As they are to be."""
+    snapshot: Snapshot | None = None
+    """The one that is made, or reverted to."""
+    gone: tuple[str, ...] = ()
+    """Ids that are deleted."""
+    power: str = ""
+    """What the guest is to be after a revert: running, paused or off."""
+    configuration: bool = False
+    """A revert brings the snapshot's configuration back, too."""
+    layer: DiskRef | None = None
+    """The layer that is merged; its disk's target is "" where it is no disk's top."""
+
+
 class Instance(Struct, frozen=True):
     """The record of an instance on one host."""
 
@@ -224,6 +263,12 @@ class Instance(Struct, frozen=True):
     """What it was when a move stopped it: running, paused or off; "started" once
     the move's peer did what that asks for."""
     autostart: bool = False
+    snapshots: tuple[Snapshot, ...] = ()
+    current: str | None = None
+    """The id of the snapshot that the disks went on from."""
+    detached: tuple[DiskRef, ...] = ()
+    """Disks that a revert took away; their volumes stay until the instance goes."""
+    change: Change | None = None
 
 
 class Tenure(Struct, frozen=True):

@@ -23,6 +23,7 @@ from virtmigrate import (
     manifest,
     model,
     record,
+    snapshottree,
     storagepool,
     stream,
     tenure,
@@ -251,13 +252,28 @@ class Node:
 
         Raises NotEntitled, RecordMissing: it was not started. Nothing else starts one.
         """
-        with self._starting(uuid):
+        self._demand_whole(uuid)
+        with self.starting(uuid):
             self.domains.start(uuid, paused=paused)
 
     def restore(self, uuid: str, path: str) -> None:
         """Start an instance from a file of its memory, paused; raises as start()."""
-        with self._starting(uuid):
+        with self.starting(uuid):
             self.domains.restore_from(path)
+
+    def _demand_whole(self, uuid: str) -> None:
+        """Raise InvalidState while its disks are not what a change makes of them."""
+        found = self.entitled(uuid)
+        whole = (None, model.Changing.TIDYING, model.Changing.RESUMING)
+        what = found.change.what if found.change else None
+        if what not in whole:
+            raise errors.InvalidState(
+                instance=uuid,
+                host=self.name,
+                state=what.value if what else "",
+                reason="its snapshots are being changed, and that was cut short: "
+                "`virtmigrate host settle` goes on with it",
+            )
 
     def note_confirmed(self, uuid: str) -> None:
         """Note that an instance stays here, if the source of its move confirmed."""
@@ -308,6 +324,7 @@ class Node:
         for backend in self.backends.values():
             # One that is down keeps what it may have only of those that name it.
             if backend.name not in self.down or backend.name in used or not used:
+                self._drop_states(backend, stored.body)
                 self._remove_volumes(backend, uuid)
         self.tenures.drop(uuid, used)
         self.instances.remove(uuid)
@@ -323,7 +340,8 @@ class Node:
     # Private
 
     @contextlib.contextmanager
-    def _starting(self, uuid: str) -> Iterator[None]:
+    def starting(self, uuid: str) -> Iterator[None]:
+        """Have the right to run an instance while it is started; raises as start()."""
         with self.tenures.starting(self.entitled(uuid), self.domains):
             yield
 
@@ -339,6 +357,16 @@ class Node:
         if self.down.pop(backend.name, None):
             LOG.info("host=%s backend=%s is back", self.name, backend.name)
         return True
+
+    def _drop_states(self, backend: base.Backend, found: model.Instance) -> None:
+        """Drop what a backend keeps of an instance's disks, which cannot go before."""
+        if self.tenures.holder(backend, found.uuid) is not None:
+            return
+        for snapshot in found.snapshots:
+            for disk in snapshot.disks:
+                own = disk.place is snapshottree.Place.OWN
+                if own and disk.backend == backend.name:
+                    backend.drop_state(disk.volume, snapshot.id)
 
     def _remove_volumes(self, backend: base.Backend, uuid: str) -> None:
         holder = self.tenures.holder(backend, uuid)

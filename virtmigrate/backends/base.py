@@ -109,10 +109,11 @@ class Backend(making.Making):
         """
         raise self._unsupported(f"keep the state of {name}")
 
-    def restore_state(self, name: str, operation: str) -> None:
-        """Make a volume what it was when an operation kept it, and drop what was kept.
+    def restore_state(self, name: str, operation: str, *, keep: bool = False) -> None:
+        """Make a volume what it was when an operation kept it.
 
-        Nothing happens without such a state. Nobody may be using the volume.
+        Drops what was kept, unless it is to be kept on. Nothing happens without such a
+        state. Nobody may be using the volume. Other states of it stay.
         """
         raise self._unsupported(f"restore the state of {name}")
 

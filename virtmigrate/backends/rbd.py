@@ -182,12 +182,13 @@ class RbdBackend(base.Backend):
         ):
             image.create_snap(cluster.SNAPSHOT + operation)
 
-    def restore_state(self, name: str, operation: str) -> None:
+    def restore_state(self, name: str, operation: str, *, keep: bool = False) -> None:
         snapshot = cluster.SNAPSHOT + operation
         with self.cluster.image(name, f"restoring {name}", read_only=False) as image:
             if snapshot in {each["name"] for each in image.list_snaps()}:
                 image.rollback_to_snap(snapshot)
-                image.remove_snap(snapshot)
+                if not keep:
+                    image.remove_snap(snapshot)
 
     def drop_state(self, name: str, operation: str) -> None:
         snapshot = cluster.SNAPSHOT + operation

@@ -33,6 +33,9 @@
     │   ├── NotEntitled
     │   │   └── HeldElsewhere
     │   ├── TakeOverRefused
+    │   ├── SnapshotError
+    │   │   ├── SnapshotNotFound, SnapshotExists
+    │   │   └── SnapshotRefused, SnapshotFailed
     │   └── OwnedElsewhere
     ├── TransferError
     │   ├── ShortTransfer, SourceChanged, SourceUnreadable
@@ -95,6 +98,11 @@ from virtmigrate.errors.moves import MigrationUndecided as MigrationUndecided
 from virtmigrate.errors.moves import NotConfirmable as NotConfirmable
 from virtmigrate.errors.moves import NotRevertible as NotRevertible
 from virtmigrate.errors.moves import TicketDamaged as TicketDamaged
+from virtmigrate.errors.snapshots import SnapshotError as SnapshotError
+from virtmigrate.errors.snapshots import SnapshotExists as SnapshotExists
+from virtmigrate.errors.snapshots import SnapshotFailed as SnapshotFailed
+from virtmigrate.errors.snapshots import SnapshotNotFound as SnapshotNotFound
+from virtmigrate.errors.snapshots import SnapshotRefused as SnapshotRefused
 from virtmigrate.errors.storage import DiskFull as DiskFull
 from virtmigrate.errors.storage import JournalBroken as JournalBroken
 from virtmigrate.errors.storage import LayoutRefused as LayoutRefused

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of instances: taken, gone back to, branched, deleted.
+
+The tree is ours, in the instance's record: libvirt's own would forbid migration, and
+libvirt 9.0 can go back to few. Each change is noted there before its first step, and
+finish() goes on with what a kill left.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import msgspec
+from oslo_log import log as logging
+
+from virtmigrate import errors, model, node, snapshottree
+from virtmigrate.model import Changing
+from virtmigrate.progress import Progress
+from virtmigrate.snapshot.creation import Creation
+from virtmigrate.snapshot.reverting import Reverting
+from virtmigrate.snapshot.terms import Return, Step, Wanted
+from virtmigrate.snapshot.tidying import Tidying
+from virtmigrate.snapshot.work import Work, new_operation
+from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot
+
+LOG = logging.getLogger(__name__)
+
+__all__ = ["Kind", "Memory", "Place", "Return", "Snapshots", "Step", "Wanted"]
+
+
+class Snapshots:
+    """The snapshots of the instances of one host. Safe to share between threads."""
+
+    def __init__(self, here: node.Node) -> None:
+        self._here = here
+
+    def all(self, uuid: str) -> tuple[snapshottree.Snapshots, str | None]:
+        """Return an instance's snapshots, and the id of the current one."""
+        found = self._here.entitled(uuid)
+        return found.snapshots, found.current
+
+    def create(
+        self, uuid: str, wanted: Wanted, progress: Progress | None = None
+    ) -> Snapshot:
+        """Take a snapshot. On failure all is as before.
+
+        Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
+        """
+        with self._work(uuid) as work:
+            return Creation(work, progress).run(wanted)
+
+    def revert(
+        self, uuid: str, wanted: Return, progress: Progress | None = None
+    ) -> list[model.DiskRef]:
+        """Go back to a snapshot; return disks that were taken away by that.
+
+        What is not needed any more is removed. On a failure before the guest was
+        touched all is as before; later ones are finished by finish(). Raises
+        SnapshotRefused, SnapshotNotFound.
+        """
+        with self._work(uuid) as work:
+            plan = Reverting(work).plan(wanted)
+            if wanted.delete_children:
+                gone = snapshottree.descendants(work.found.snapshots, plan.snapshot.id)
+                for each in gone:
+                    self._delete(work, (each,))
+            if wanted.keep:
+                last = Wanted(
+                    name=wanted.keep, layer=wanted.layer, by=wanted.by, kind=Kind.DISK
+                )
+                Creation(work, progress).run(last)
+            # What the two changed, the plan has to know.
+            plan = Reverting(work).plan(wanted)
+            Reverting(work).run(plan)
+            Tidying(work).run(work.found)
+            return list(plan.detached)
+
+    def delete(
+        self, uuid: str, key: str, *, children: bool = False, itself: bool = True
+    ) -> None:
+        """Delete a snapshot; what was taken after it stays, on what it stood on.
+
+        Arguments:
+            children: delete all that was taken after it, too, the last ones first.
+            itself: delete it; False, with children: only those.
+        """
+        with self._work(uuid) as work:
+            self._delete(work, self._doomed(work, key, children, itself))
+
+    def plan_create(self, uuid: str, wanted: Wanted) -> list[Step]:
+        """Return what create() would do."""
+        with self._work(uuid) as work:
+            return Creation(work).plan(wanted).steps()
+
+    def plan_revert(self, uuid: str, wanted: Return) -> list[Step]:
+        """Return what revert() would do."""
+        with self._work(uuid) as work:
+            found, steps = work.demand_idle("going back"), []
+            plan = Reverting(work).plan(wanted)
+            if wanted.keep:
+                steps.append(Step("keep", wanted.keep, "what there is now"))
+            gone: tuple[Snapshot, ...] = ()
+            if wanted.delete_children:
+                gone = tuple(
+                    snapshottree.descendants(found.snapshots, plan.snapshot.id)
+                )
+            steps += [Step("delete", each.name, "it stands on it") for each in gone]
+            after = self._after(found, gone)
+            if not wanted.keep:
+                after = msgspec.structs.replace(after, disks=plan.disks)
+            return [*steps, *plan.steps(), *Tidying(work).plan(after)]
+
+    def plan_delete(
+        self, uuid: str, key: str, *, children: bool = False, itself: bool = True
+    ) -> list[Step]:
+        """Return what delete() would do."""
+        with self._work(uuid) as work:
+            found = work.demand_idle("deleting")
+            gone = self._doomed(work, key, children, itself)
+            steps = [Step("delete", each.name, each.id) for each in gone]
+            return [*steps, *Tidying(work).plan(self._after(found, gone))]
+
+    def finish(self) -> list[str]:
+        """Go on with what kills left, on this host; return what remains, and why."""
+        left = []
+        for name in self._here.instances.names():
+            try:
+                stored = self._here.instances.find(name)
+                if stored is None or stored.body.change is None:
+                    continue
+                if stored.body.host == self._here.name:
+                    with self._work(name) as work:
+                        self._finish(work)
+            except errors.InstanceBusy:
+                continue
+            except errors.Error as e:
+                LOG.warning("instance=%s its snapshots: %s", name, e)
+                left.append(f"snapshots of {name}: {e}")
+        return left
+
+    # Private
+
+    @contextlib.contextmanager
+    def _work(self, uuid: str) -> Iterator[Work]:
+        with self._here.claimed(uuid):
+            yield Work(self._here, uuid)
+
+    def _finish(self, work: Work) -> None:
+        found = work.found
+        if found.change is None:
+            return
+        LOG.info("instance=%s goes on %s", found.uuid, found.change.what.value)
+        if found.change.what is Changing.CREATING:
+            Creation(work).recover(found)
+        elif found.change.what is Changing.PREPARING:
+            Reverting(work).undo(found)
+        elif found.change.what is Changing.DELETING:
+            self._drop(work, found)
+        elif found.change.what is not Changing.TIDYING:
+            Tidying(work).run(Reverting(work).finish(found))
+        else:
+            Tidying(work).run(found)
+
+    def _doomed(
+        self, work: Work, key: str, children: bool, itself: bool
+    ) -> tuple[Snapshot, ...]:
+        chosen = work.snapshot(key)
+        found: list[Snapshot] = []
+        if children:
+            found += snapshottree.descendants(work.found.snapshots, chosen.id)
+        return tuple([*found, chosen] if itself else found)
+
+    def _after(
+        self, found: model.Instance, gone: tuple[Snapshot, ...]
+    ) -> model.Instance:
+        ids = {each.id for each in gone}
+        return msgspec.structs.replace(
+            found,
+            snapshots=snapshottree.without(found.snapshots, ids),
+            current=snapshottree.remaining_parent(found.snapshots, found.current, ids),
+        )
+
+    def _delete(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
+        found = work.demand_idle("deleting")
+        for each in gone:
+            self._demand_droppable(work, each)
+        ids = tuple(each.id for each in gone)
+        change = model.Change(
+            what=Changing.DELETING, operation=new_operation(), gone=ids
+        )
+        self._drop(work, work.publish(found, change=change))
+
+    def _demand_droppable(self, work: Work, snapshot: Snapshot) -> None:
+        for disk in snapshot.disks:
+            if disk.place is Place.INTERNAL:
+                users = work.backend(disk).users(disk.volume)
+                if users:
+                    raise work.refused(
+                        "deleting",
+                        f"{snapshot.name} lies inside of {disk.volume}, and "
+                        f"{', '.join(sorted(users))} stands on that: delete what was "
+                        "taken after it first",
+                    )
+
+    def _drop(self, work: Work, found: model.Instance) -> None:
+        assert found.change is not None
+        change, ids = found.change, found.change.gone
+        gone = tuple(each for each in found.snapshots if each.id in ids)
+        for each in gone:
+            work.drop_states(each)
+        after = self._after(found, gone)
+        change = model.Change(what=Changing.TIDYING, operation=change.operation)
+        found = work.publish(after, change=change)
+        work.define(work.states.xml(work.uuid), found)
+        LOG.info(
+            "instance=%s snapshots=%s deleted",
+            found.uuid,
+            ",".join(each.name for each in gone),
+        )
+        Tidying(work).run(found)

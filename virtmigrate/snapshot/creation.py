@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking a snapshot: planned, noted, done, published; else undone.
+
+What is on its way stands in the instance's record. The domain's XML says whether the
+guest has gone on in the new layers: then the snapshot is made, whatever was killed.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+
+import msgspec
+from oslo_log import log as logging
+
+from virtmigrate import domainstate, errors, model, snapshottree
+from virtmigrate.formats import DiskFormat
+from virtmigrate.model import Changing, Role, VolumeState
+from virtmigrate.progress import Progress
+from virtmigrate.snapshot import rules
+from virtmigrate.snapshot.terms import Step, Wanted
+from virtmigrate.snapshot.work import FIXED, Layers, Work, new_operation
+from virtmigrate.snapshottree import (
+    Consistency,
+    FrozenDisk,
+    Memory,
+    Place,
+    Snapshot,
+    Taken,
+)
+
+LOG = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DOING = "a snapshot"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a snapshot will be, before anything is touched."""
+
+    snapshot: Snapshot
+    disks: tuple[model.DiskRef, ...]
+    """As they are afterwards."""
+    layers: Layers
+    how: str
+
+    def steps(self) -> list[Step]:
+        """Return what would be done."""
+        found = [Step("freeze", self.snapshot.name, self.how)]
+        found += [
+            Step(each.place.value, each.target, f"{each.volume} in {each.backend}")
+            for each in self.snapshot.disks
+        ]
+        found += [
+            Step("layer", each.name, f"over {each.backing}") for _, each in self.layers
+        ]
+        if self.snapshot.memory_volume:
+            found.append(Step("memory", self.snapshot.memory_volume, "written"))
+        return found
+
+
+class Creation:
+    """Takes a snapshot of one instance, under its claim."""
+
+    def __init__(self, work: Work, progress: Progress | None = None) -> None:
+        self._work = work
+        self._progress = progress or Progress()
+
+    def plan(self, wanted: Wanted) -> Plan:
+        """Return what would be done; SnapshotRefused, SnapshotExists."""
+        found = self._work.demand_idle(_DOING)
+        self._demand_name(found, wanted)
+        taken = self._work.taken()
+        operation = new_operation()
+        frozen = tuple(self._frozen(found, wanted))
+        self._demand_limits(found, frozen)
+        verdict = rules.create(
+            rules.Case(
+                places=frozenset(each.place for each in frozen),
+                memory=wanted.memory,
+                taken=taken,
+                quiesced=wanted.quiesce,
+                variables=any(ref.role is Role.NVRAM for ref in found.disks),
+            )
+        )
+        if not verdict.possible:
+            raise self._work.refused(_DOING, verdict.said)
+        layers = tuple(self._layers(found, frozen, wanted.layer, operation))
+        return Plan(
+            self._snapshot(found, wanted, taken, frozen, operation),
+            _tops(found, layers),
+            layers,
+            verdict.said,
+        )
+
+    def run(self, wanted: Wanted) -> Snapshot:
+        """Take it. On failure all is as before.
+
+        Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
+        """
+        plan = self.plan(wanted)
+        work, snapshot = self._work, plan.snapshot
+        change = model.Change(
+            what=Changing.CREATING,
+            operation=snapshot.id,
+            disks=plan.disks,
+            snapshot=snapshot,
+        )
+        found = work.publish(work.found, change=change)
+        try:
+            self._prepare(plan)
+            self._freeze(plan, wanted)
+        except BaseException:
+            if self.recover(found):
+                # The guest had gone on in its layers all the same.
+                LOG.exception("snapshot=%s was taken, with an error", snapshot.name)
+                return snapshot
+            raise
+        self._commit(found)
+        return snapshot
+
+    def recover(self, found: model.Instance) -> bool:
+        """Finish a snapshot that was being taken, or undo it; tell which."""
+        change, work = found.change, self._work
+        if change is None or change.snapshot is None:
+            return False
+        off = work.states.is_off(work.uuid)
+        if not off:
+            work.states.end_job(work.uuid)
+        if self._is_switched(change):
+            self._commit(found)
+            return True
+        self._wake(change.snapshot)
+        work.drop_states(change.snapshot)
+        work.drop_made(change.operation)
+        work.publish(found, change=None)
+        LOG.info("instance=%s snapshot=%s undone", work.uuid, change.snapshot.name)
+        return False
+
+    # Private
+
+    def _demand_name(self, found: model.Instance, wanted: Wanted) -> None:
+        for name in filter(None, (wanted.name, wanted.layer)):
+            if not _NAME.fullmatch(name):
+                raise self._work.refused(
+                    _DOING,
+                    f"{name!r} is no name: letters, digits, dot, dash and underscore, "
+                    "64 at most",
+                )
+        if snapshottree.find(found.snapshots, wanted.name) is not None:
+            raise errors.SnapshotExists(
+                instance=found.uuid, host=self._work.here.name, snapshot=wanted.name
+            )
+
+    def _demand_limits(
+        self, found: model.Instance, frozen: tuple[FrozenDisk, ...]
+    ) -> None:
+        options = self._work.here.options
+        if len(found.snapshots) >= options.max_snapshots:
+            raise self._work.refused(
+                _DOING, f"it has {len(found.snapshots)} (max_snapshots): delete some"
+            )
+        for disk in frozen:
+            depth = len(self._work.backend(disk).chain(disk.volume))
+            if disk.place is Place.EXTERNAL and depth >= options.max_chain:
+                raise self._work.refused(
+                    _DOING,
+                    f"{disk.target} has {depth} layers (max_chain): delete snapshots "
+                    "that it stands on",
+                )
+
+    def _frozen(self, found: model.Instance, wanted: Wanted) -> list[FrozenDisk]:
+        known = {ref.target for ref in found.disks}
+        strange = (set(wanted.places) | wanted.left_out) - known
+        if strange:
+            raise self._work.refused(_DOING, f"no disk {', '.join(sorted(strange))}")
+        return [
+            self._frozen_disk(ref, wanted.places.get(ref.target))
+            for ref in found.disks
+            if ref.role not in FIXED and ref.target not in wanted.left_out
+        ]
+
+    def _frozen_disk(self, ref: model.DiskRef, place: Place | None) -> FrozenDisk:
+        backend = self._work.backend(ref)
+        volume = self._work.volume(ref.backend, ref.volume)
+        if volume.state is not VolumeState.USABLE:
+            raise self._work.refused(
+                _DOING, f"{ref.target}: {ref.volume} is {volume.state.value}"
+            )
+        place = place or rules.default_place(backend.capabilities)
+        verdict = rules.place(backend.capabilities, volume.format, place)
+        if not verdict.possible:
+            raise self._work.refused(
+                _DOING, f"{ref.target} {place.value}: {verdict.said}"
+            )
+        return FrozenDisk(
+            target=ref.target,
+            backend=ref.backend,
+            volume=ref.volume,
+            place=place,
+            size=volume.size,
+        )
+
+    def _layers(
+        self,
+        found: model.Instance,
+        frozen: tuple[FrozenDisk, ...],
+        prefix: str,
+        operation: str,
+    ) -> list[tuple[str, model.Volume]]:
+        outside = {d.target for d in frozen if d.place is Place.EXTERNAL}
+        return [
+            (ref.backend, self._work.layer_over(ref, ref.volume, prefix, operation))
+            for ref in found.disks
+            if ref.target in outside
+        ]
+
+    def _snapshot(
+        self,
+        found: model.Instance,
+        wanted: Wanted,
+        taken: Taken,
+        frozen: tuple[FrozenDisk, ...],
+        operation: str,
+    ) -> Snapshot:
+        work, consistency = self._work, Consistency.CRASH
+        if wanted.memory is not Memory.NONE:
+            consistency = Consistency.MEMORY
+        elif wanted.quiesce:
+            consistency = Consistency.FILES
+        outside = wanted.memory is Memory.EXTERNAL
+        with_memory = wanted.memory is not Memory.NONE
+        live = work.states.secure_xml(work.uuid) if with_memory else None
+        return Snapshot(
+            id=operation,
+            name=wanted.name,
+            kind=wanted.kind,
+            disks=frozen,
+            memory=wanted.memory,
+            taken=taken,
+            consistency=consistency,
+            domain_xml=work.states.xml(work.uuid),
+            created=time.time(),
+            by=wanted.by,
+            parent=found.current,
+            live_xml=live,
+            memory_backend=work.here.files.name if outside else "",
+            memory_volume=f"memory.{operation}" if outside else "",
+            description=wanted.description,
+        )
+
+    def _prepare(self, plan: Plan) -> None:
+        self._progress.phase("making layers")
+        self._work.make_layers(plan.layers)
+        if plan.snapshot.memory_volume:
+            volume = self._memory(plan.snapshot)
+            self._work.here.files.volumes.publish(volume.name, volume)
+
+    def _memory(self, snapshot: Snapshot) -> model.Volume:
+        pool = self._work.here.files.disks
+        return model.Volume(
+            name=snapshot.memory_volume,
+            pool=pool.name,
+            path=pool.volume_path(snapshot.memory_volume),
+            format=DiskFormat.RAW,
+            role=Role.MEMORY,
+            size=0,
+            state=VolumeState.INCOMPLETE,
+            owner=self._work.uuid,
+            operation=snapshot.id,
+            origin=self._work.here.name,
+        )
+
+    def _freeze(self, plan: Plan, wanted: Wanted) -> None:
+        snapshot = plan.snapshot
+        self._progress.phase("freezing")
+        if any(each.place is Place.INTERNAL for each in snapshot.disks):
+            self._keep_inside(plan, wanted)
+        elif snapshot.taken is Taken.OFF:
+            self._keep_own(snapshot)
+        else:
+            self._freeze_running(plan, wanted)
+        if snapshot.taken is Taken.OFF and plan.layers:
+            work = self._work
+            text = work.with_chains(snapshot.domain_xml, plan.disks)
+            work.states.define(text)
+
+    def _keep_inside(self, plan: Plan, wanted: Wanted) -> None:
+        work, snapshot = self._work, plan.snapshot
+        if snapshot.memory is Memory.EXTERNAL:
+            work.states.save_to(work.uuid, self._memory(snapshot).path)
+        work.states.keep_inside(work.uuid, snapshot.id, self._progress, wanted.timeout)
+        self._wake(snapshot)
+
+    def _keep_own(self, snapshot: Snapshot) -> None:
+        for disk in snapshot.disks:
+            if disk.place is Place.OWN:
+                self._work.backend(disk).keep_state(disk.volume, snapshot.id)
+
+    def _freeze_running(self, plan: Plan, wanted: Wanted) -> None:
+        work, snapshot = self._work, plan.snapshot
+        own = tuple(d.target for d in snapshot.disks if d.place is Place.OWN)
+        memory = snapshot.memory_volume and self._memory(snapshot).path
+        request = domainstate.Freeze(
+            name=snapshot.id,
+            layers=_paths(work, plan.disks, snapshot),
+            held=own if memory else (),
+            memory=memory or None,
+        )
+        if own and not memory:
+            work.states.pause(work.uuid)
+        if request.layers or memory:
+            work.states.freeze(work.uuid, request, self._progress, wanted.timeout)
+        self._keep_own(snapshot)
+        self._wake(snapshot)
+
+    def _wake(self, snapshot: Snapshot) -> None:
+        """Let a guest go on that was stopped for its snapshot."""
+        work = self._work
+        if snapshot.taken is Taken.OFF:
+            return
+        inside = any(each.place is Place.INTERNAL for each in snapshot.disks)
+        off = work.states.is_off(work.uuid)
+        if off and inside and snapshot.memory is Memory.EXTERNAL:
+            work.here.restore(work.uuid, self._memory(snapshot).path)
+        if snapshot.taken is Taken.RUNNING:
+            work.states.unpause(work.uuid)
+
+    def _is_switched(self, change: model.Change) -> bool:
+        """Tell whether the guest goes on, or would, in all layers of a change."""
+        assert change.snapshot is not None
+        layers = _paths(self._work, change.disks, change.snapshot)
+        tops = self._work.states.tops(self._work.uuid)
+        return bool(layers) and all(
+            tops.get(target) == path for target, path in layers.items()
+        )
+
+    def _commit(self, found: model.Instance) -> None:
+        """Publish what was done: from here on it is a snapshot."""
+        work, change = self._work, found.change
+        assert change is not None and change.snapshot is not None
+        snapshot = change.snapshot
+        self._wake(snapshot)
+        work.settle_layers(change.disks, change.operation)
+        if snapshot.memory_volume:
+            files = work.here.files
+            volume = files.volumes.read(snapshot.memory_volume).body
+            size = files.disks.physical(volume.name)
+            durable = files.persist(volume.pool, volume.name)
+            files.update(
+                msgspec.structs.replace(
+                    volume, state=VolumeState.USABLE, size=size, durable=durable
+                )
+            )
+        found = work.publish(
+            found,
+            disks=change.disks,
+            snapshots=(*found.snapshots, snapshot),
+            current=snapshot.id,
+            change=None,
+        )
+        work.define(work.states.xml(work.uuid), found)
+        LOG.info(
+            "instance=%s snapshot=%s id=%s taken", work.uuid, snapshot.name, snapshot.id
+        )
+
+
+# Private
+
+
+def _tops(found: model.Instance, layers: Layers) -> tuple[model.DiskRef, ...]:
+    over = {(backend, volume.backing): volume.name for backend, volume in layers}
+    return tuple(
+        msgspec.structs.replace(
+            ref, volume=over.get((ref.backend, ref.volume), ref.volume)
+        )
+        for ref in found.disks
+    )
+
+
+def _paths(
+    work: Work, disks: tuple[model.DiskRef, ...], snapshot: Snapshot
+) -> dict[str, str]:
+    """Return by target where the new layers of a snapshot lie."""
+    outside = {d.target for d in snapshot.disks if d.place is Place.EXTERNAL}
+    found = {}
+    for ref in disks:
+        if ref.target in outside:
+            stored = work.backend(ref).volumes.find(ref.volume)
+            # One that was not made is nowhere.
+            found[ref.target] = work.backend(ref).path(stored.body) if stored else ""
+    return found

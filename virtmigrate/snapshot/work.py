@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all changes of snapshots do: records, layers, states, configuration."""
+
+import uuid as uuids
+from collections.abc import Iterable
+
+import msgspec
+
+from virtmigrate import domainstate, domainxml, errors, model, node, snapshottree
+from virtmigrate.backends import base
+from virtmigrate.formats import DiskFormat
+from virtmigrate.instance import Power
+from virtmigrate.model import Role, VolumeState
+from virtmigrate.snapshottree import Memory, Place, Snapshot, Taken
+
+FIXED = (Role.CONFIG, Role.NVRAM)
+"""Disks that no snapshot freezes: the guest cannot write to the one, and QEMU keeps
+the other with the memory only."""
+
+Layers = tuple[tuple[str, model.Volume], ...]
+"""Layers that are to be made, each with the name of its backend."""
+
+_TAKEN = {Power.RUNNING: Taken.RUNNING, Power.PAUSED: Taken.PAUSED}
+
+
+class Work:
+    """One instance of this host, under its claim. Not safe to share."""
+
+    def __init__(self, here: node.Node, uuid: str) -> None:
+        self.here = here
+        self.uuid = uuid
+        self.states = domainstate.States(here.host)
+
+    @property
+    def found(self) -> model.Instance:
+        """The instance's record, as it is now; NotEntitled if it is not here."""
+        return self.here.entitled(self.uuid)
+
+    def backend(self, ref: model.DiskRef | snapshottree.FrozenDisk) -> base.Backend:
+        return self.here.backend(ref.backend)
+
+    def volume(self, backend: str, name: str) -> model.Volume:
+        return self.here.backend(backend).volumes.read(name).body
+
+    def owned(self) -> list[tuple[base.Backend, model.Volume]]:
+        """Return all volumes of the instance, in any backend that it has disks in."""
+        return [
+            (backend, stored.body)
+            for backend in self.here.up()
+            for stored in backend.catalog.all()
+            if stored.body.owner == self.uuid
+        ]
+
+    def taken(self) -> Taken:
+        """Return what the guest does; InvalidState for what cannot be frozen."""
+        power = self.states.power(self.uuid)
+        if power in (Power.SAVED, Power.CRASHED):
+            raise self.refused(
+                "a snapshot", f"the guest is {power.value}: start it, or turn it off"
+            )
+        return _TAKEN.get(power, Taken.OFF)
+
+    def refused(self, doing: str, reason: str) -> errors.SnapshotRefused:
+        return errors.SnapshotRefused(
+            doing=doing, instance=self.uuid, host=self.here.name, reason=reason
+        )
+
+    def snapshot(self, key: str) -> Snapshot:
+        """Return a snapshot by name or id; SnapshotNotFound."""
+        known = snapshottree.find(self.found.snapshots, key)
+        if known is None:
+            raise errors.SnapshotNotFound(
+                instance=self.uuid, host=self.here.name, snapshot=key
+            )
+        return known
+
+    # The record
+
+    def publish(self, found: model.Instance, **changes: object) -> model.Instance:
+        """Publish the instance's next record, and return it."""
+        changed: model.Instance = msgspec.structs.replace(found, **changes)
+        self.here.publish_instance(changed)
+        return changed
+
+    def demand_idle(self, doing: str) -> model.Instance:
+        """Return the record; SnapshotRefused while something else is not finished."""
+        self.here.demand_settled(self.uuid)
+        found = self.found
+        if found.change is not None:
+            raise self.refused(
+                doing,
+                f"{found.change.what.value} is not finished: `virtmigrate host settle` "
+                "goes on with it",
+            )
+        busy = [] if self.states.is_off(self.uuid) else self.states.busy(self.uuid)
+        if busy:
+            raise self.refused(doing, f"a block job works on {', '.join(busy)}")
+        return found
+
+    # Layers
+
+    def layer_over(
+        self, ref: model.DiskRef, below: str, prefix: str, operation: str
+    ) -> model.Volume:
+        """Return the record of a layer that is to be made over a volume."""
+        base_volume = self.volume(ref.backend, below)
+        directory = base_volume.path.rpartition("/")[0]
+        name = f"{prefix}-{ref.target}" if prefix else ref.target
+        name = f"{name}.{operation}"
+        return model.Volume(
+            name=name,
+            pool=base_volume.pool,
+            path=f"{directory}/{name}",
+            format=DiskFormat.QCOW2,
+            role=ref.role,
+            size=base_volume.size,
+            state=VolumeState.INCOMPLETE,
+            owner=self.uuid,
+            operation=operation,
+            origin=self.here.name,
+            backing=base_volume.name,
+        )
+
+    def make_layers(self, layers: Layers) -> None:
+        """Make layers over what the guest does not write to, or will not any more."""
+        for name, volume in layers:
+            backend = self.here.backend(name)
+            below = backend.volumes.read(str(volume.backing)).body
+            backend.overlay(volume, below)
+
+    def settle_layers(self, refs: Iterable[model.DiskRef], operation: str) -> None:
+        """Publish that layers are usable, and that what they stand on is frozen."""
+        for ref in refs:
+            if not ref.volume.endswith(f".{operation}"):
+                continue
+            backend, layer = self.backend(ref), self.volume(ref.backend, ref.volume)
+            below = self.volume(ref.backend, str(layer.backing))
+            if below.state is not VolumeState.FROZEN and below.owner == self.uuid:
+                frozen = msgspec.structs.replace(below, state=VolumeState.FROZEN)
+                backend.update(frozen)
+            backend.persist(layer.pool, layer.name)
+            usable = msgspec.structs.replace(layer, state=VolumeState.USABLE)
+            backend.update(usable)
+
+    def drop_made(self, operation: str) -> None:
+        """Remove all volumes that were made for an operation."""
+        for backend, volume in self.owned():
+            if volume.operation == operation and volume.name.endswith(f".{operation}"):
+                backend.remove(volume.name)
+
+    # Configuration
+
+    def with_chains(self, text: str, refs: Iterable[model.DiskRef]) -> str:
+        """Return a configuration whose disks have the chains that records say."""
+        targets = {disk.target for disk in domainxml.disks(text)}
+        chains = {
+            ref.target: self.backend(ref).layers(ref.volume)
+            for ref in refs
+            if ref.target in targets
+        }
+        return domainxml.with_disks(text, chains)
+
+    def define(self, text: str, found: model.Instance) -> None:
+        """Define the domain with a record's disks, and the tree in its metadata."""
+        values = dict(domainxml.metadata_of(text) or {})
+        values["snapshots"] = told(found)
+        text = domainxml.with_metadata(self.with_chains(text, found.disks), values)
+        self.states.define(text)
+
+    def described(self, snapshot: Snapshot) -> str:
+        """Return libvirt's description of a state inside of volumes."""
+        text = snapshot.live_xml or snapshot.domain_xml
+        refs = [
+            model.DiskRef(
+                target=disk.target,
+                volume=disk.volume,
+                backend=disk.backend,
+                role=Role.DATA,
+            )
+            for disk in snapshot.disks
+        ]
+        return domainstate.inside_xml(
+            snapshot.id,
+            snapshot.created,
+            snapshot.taken.value if snapshot.memory is Memory.INTERNAL else "off",
+            self.with_chains(text, refs),
+            memory=snapshot.memory is Memory.INTERNAL,
+        )
+
+    def drop_states(self, snapshot: Snapshot) -> None:
+        """Drop what backends and volumes keep of a snapshot; can be called again."""
+        for disk in snapshot.disks:
+            if disk.place is Place.OWN:
+                self.backend(disk).drop_state(disk.volume, snapshot.id)
+        if any(disk.place is Place.INTERNAL for disk in snapshot.disks):
+            self.states.drop_inside(self.uuid, self.described(snapshot))
+
+
+def told(found: model.Instance) -> str:
+    """Return the tree as the domain's metadata has it: id, parent, name."""
+    rows = [[each.id, each.parent or "", each.name] for each in found.snapshots]
+    return msgspec.json.encode([found.current or "", rows]).decode()
+
+
+def new_operation() -> str:
+    return uuids.uuid4().hex[:16]

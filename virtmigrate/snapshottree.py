@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An instance's snapshots as values, and the tree that they make.
+
+Words and dimensions are those of Eric Blake's proposal for libvirt (2011): a disk
+snapshot or a checkpoint; each disk's state inside or outside of its volume; the VM
+state none, inside or outside.
+"""
+
+import enum
+from collections.abc import Collection, Iterator
+
+import msgspec
+
+from virtmigrate.schema import Struct
+
+
+class Kind(enum.Enum):
+    """What going back to it brings back."""
+
+    DISK = "disk"
+    """The disks. The configuration stays as it is, unless asked for."""
+    CHECKPOINT = "checkpoint"
+    """The disks and the configuration, and the memory if it has one."""
+
+
+class Place(enum.Enum):
+    """Where the state of a disk is kept."""
+
+    INTERNAL = "internal"
+    """In the same qcow2 volume, under the snapshot's id."""
+    EXTERNAL = "external"
+    """The volume itself is frozen, and the guest writes to a layer over it."""
+    OWN = "own"
+    """The backend keeps it: a snapshot of LVM or RBD, named by the snapshot's id."""
+
+
+class Memory(enum.Enum):
+    """Where the VM state is."""
+
+    NONE = "none"
+    INTERNAL = "internal"
+    """In the first qcow2 volume with an internal state."""
+    EXTERNAL = "external"
+    """In a volume of its own."""
+
+
+class Taken(enum.Enum):
+    """What the guest did when it was taken."""
+
+    OFF = "off"
+    PAUSED = "paused"
+    RUNNING = "running"
+
+
+class Consistency(enum.Enum):
+    """What a guest finds that starts from it."""
+
+    CRASH = "crash"
+    """What a power cut would have left."""
+    FILES = "file system"
+    """The guest's agent had frozen its file systems."""
+    MEMORY = "memory"
+    """All: it goes on where it was."""
+
+
+class FrozenDisk(Struct, frozen=True):
+    """The state of one disk."""
+
+    target: str
+    backend: str
+    volume: str
+    """What holds it."""
+    place: Place
+    size: int
+    """Virtual size at the time, in bytes."""
+
+
+class Snapshot(Struct, frozen=True):
+    """One snapshot of an instance."""
+
+    id: str
+    """16 hex digits: what it is called where names cannot be chosen."""
+    name: str
+    kind: Kind
+    disks: tuple[FrozenDisk, ...]
+    """Those that it froze; others were left out."""
+    memory: Memory
+    taken: Taken
+    consistency: Consistency
+    domain_xml: str
+    """The whole configuration that the next start would have used."""
+    created: float
+    """Seconds since the epoch."""
+    by: str
+    """The request or the user that made it."""
+    parent: str | None = None
+    """The id of the one that it was taken after."""
+    live_xml: str | None = None
+    """The configuration that the guest ran with, where its memory is kept."""
+    memory_backend: str = ""
+    memory_volume: str = ""
+    description: str = ""
+
+
+Snapshots = tuple[Snapshot, ...]
+
+
+def find(snapshots: Snapshots, key: str) -> Snapshot | None:
+    """Return the one of this name or id."""
+    for each in snapshots:
+        if key in (each.name, each.id):
+            return each
+    return None
+
+
+def children(snapshots: Snapshots, parent: str | None) -> Snapshots:
+    """Return those that were taken after one, the oldest first; None: the roots."""
+    found = [each for each in snapshots if each.parent == parent]
+    return tuple(sorted(found, key=lambda each: each.created))
+
+
+def descendants(snapshots: Snapshots, parent: str) -> Iterator[Snapshot]:
+    """Yield all that stand on one; each after those that stand on it."""
+    for child in children(snapshots, parent):
+        yield from descendants(snapshots, child.id)
+        yield child
+
+
+def without(snapshots: Snapshots, gone: Collection[str]) -> Snapshots:
+    """Return a tree without some ids: their children stand on what they stood on."""
+    return tuple(
+        _moved(each, remaining_parent(snapshots, each.parent, gone))
+        for each in snapshots
+        if each.id not in gone
+    )
+
+
+def remaining_parent(
+    snapshots: Snapshots, parent: str | None, gone: Collection[str]
+) -> str | None:
+    """Return the nearest of one and those that it stands on that is not gone."""
+    while parent is not None and parent in gone:
+        found = find(snapshots, parent)
+        parent = found.parent if found else None
+    return parent
+
+
+def volumes(snapshots: Snapshots) -> set[tuple[str, str]]:
+    """Return (backend, volume) of all that they hold, memory too."""
+    disks = {(d.backend, d.volume) for each in snapshots for d in each.disks}
+    memories = {(each.memory_backend, each.memory_volume) for each in snapshots}
+    return disks | (memories - {("", "")})
+
+
+def with_volume(snapshots: Snapshots, backend: str, old: str, new: str) -> Snapshots:
+    """Return a tree in which one volume holds what another one did."""
+    return tuple(_with_volume(each, backend, old, new) for each in snapshots)
+
+
+# Private
+
+
+def _moved(each: Snapshot, parent: str | None) -> Snapshot:
+    return msgspec.structs.replace(each, parent=parent)
+
+
+def _with_volume(each: Snapshot, backend: str, old: str, new: str) -> Snapshot:
+    disks = tuple(
+        msgspec.structs.replace(disk, volume=new)
+        if (disk.backend, disk.volume) == (backend, old)
+        else disk
+        for disk in each.disks
+    )
+    return msgspec.structs.replace(each, disks=disks)
