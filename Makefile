@@ -41,7 +41,7 @@ demo: image ## Move a running guest between two hosts, and watch it go on
 test: test-unit test-functional ## Run the unit and the functional tests
 
 test-unit: setup ## Run the unit tests: no root, no hosts
-	@timeout -k 10 300 $(PYTEST) tests/unit $(TESTARGS)
+	@timeout -k 10 300 $(PYTEST) tests/unit -n 2 $(TESTARGS)
 
 test-functional: image $(if $(findstring lvm,$(BACKENDS)),machine-image) ## Run the functional tests on hosts of their own
 	@timeout -k 60 2430 $(FUNCTIONAL) $(TESTARGS)
