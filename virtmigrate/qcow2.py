@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the header of a qcow2 file may not say, before its data is believed.
+"""The header of a qcow2 file: what it may not say, and what it is made to say.
 
 The one exception to "never probe": a domain's XML cannot say that there is no file
-for the data, so QEMU takes the header's word. This look refuses, and decides nothing
-else: the chain and the size come from records, whatever the header says of them.
+for the data, so QEMU takes the header's word. That look refuses, and decides nothing
+else: the chain and the size come from records, whatever the header says of them. What
+a new layer says of the one below is written for people and their tools.
+
+The layout is that of docs/interop/qcow2.txt in QEMU.
 """
+
+from virtmigrate.units import KiB, round_up
 
 HEADER = 104
 """Bytes of a file that are looked at: a header of version 3 without extensions."""
+
+CLUSTER = 64 * KiB
+"""Bytes of a cluster, as qemu-img makes them: a header ends within the first."""
 
 _MAGIC = b"QFI\xfb"
 _VERSION_2 = b"\0\0\0\2"
 """It has no features: where they would be lies anything."""
 _DATA_FILE = 1 << 2
 """The incompatible feature by which the data lies in another file."""
+_VERSION_3 = b"\0\0\0\3"
+_LENGTH = 100
+"""Where the length of the header itself stands."""
+_BACKING_FORMAT = 0xE2792ACA
+_LONGEST = 1023
+"""Bytes of a backing file's name."""
 
 
 def size(head: bytes) -> int:
@@ -29,3 +43,44 @@ def objection(head: bytes) -> str | None:
     if head[4:8] != _VERSION_2 and features & _DATA_FILE:
         return "names a file for its data"
     return None
+
+
+def with_backing(head: bytes, path: str, fmt: str) -> bytes:
+    """Return the first cluster of a new layer, with what it stands on.
+
+    Arguments:
+        head: the first cluster of a qcow2 file that stands on nothing, and that no
+            guest has written to.
+
+    Raises ValueError for any other, and for a path that is too long.
+    """
+    fresh = head.startswith(_MAGIC + _VERSION_3) and not any(head[8:20])
+    if not fresh or len(head) != CLUSTER:
+        raise ValueError("it is no new qcow2 file")
+    end = _end_of_extensions(head)
+    added = _extension(_BACKING_FORMAT, fmt.encode()) + _extension(0, b"")
+    name, start = path.encode(), end + len(added)
+    if len(name) > _LONGEST or start + len(name) > CLUSTER:
+        raise ValueError(f"{path} is too long for the header of a layer")
+    where = start.to_bytes(8, "big") + len(name).to_bytes(4, "big")
+    written = head[:8] + where + head[20:end] + added + name
+    return written.ljust(CLUSTER, b"\0")
+
+
+# Private
+
+
+def _end_of_extensions(head: bytes) -> int:
+    """Return where the extension stands that ends the list."""
+    at = int.from_bytes(head[_LENGTH : _LENGTH + 4], "big")
+    while any(head[at : at + 4]):
+        length = int.from_bytes(head[at + 4 : at + 8], "big")
+        at += 8 + round_up(length, 8)
+        if at + 8 > len(head):
+            raise ValueError("its header has no end")
+    return at
+
+
+def _extension(kind: int, data: bytes) -> bytes:
+    padded = data.ljust(round_up(len(data), 8), b"\0")
+    return kind.to_bytes(4, "big") + len(data).to_bytes(4, "big") + padded

@@ -23,6 +23,7 @@ from virtmigrate import (
     nearby,
     poolcalls,
     poolxml,
+    qcow2,
     translation,
     wire,
     xml,
@@ -203,8 +204,21 @@ class Pool(poolcalls.PoolCalls):
     ) -> None:
         """Create a qcow2 volume of size bytes over a file that never changes again.
 
-        Not exclusive: libvirt looks for the name, then creates (9.0).
+        Not exclusive: libvirt looks for the name, then creates (9.0). What it creates
+        over a layer it opens with all that headers name below (qemu-img create -b),
+        which may be gone, or be another's by now: so the layer says itself what it
+        stands on.
         """
+        if base_format != "raw":
+            self._create(name, size, "qcow2")
+            try:
+                head = self._head(name)
+                self.write(name, qcow2.with_backing(head, base_path, base_format))
+            except BaseException:
+                with contextlib.suppress(errors.Error):
+                    self.delete(name)
+                raise
+            return
         backing = xml.element("backingStore")
         xml.add(backing, "path", base_path)
         xml.add(backing, "format", type=base_format)
@@ -328,6 +342,14 @@ class Pool(poolcalls.PoolCalls):
         return f"nonce.{self.host.name}."
 
     # Private
+
+    def _head(self, name: str) -> bytes:
+        """Return the first cluster of a qcow2 volume that was made just now."""
+        return self._retry(
+            f"reading {name}",
+            lambda s, pool: wire.download(s, self._lookup(pool, name), qcow2.CLUSTER),
+            name,
+        )
 
     def _prove_local(self) -> bool:
         if not os.access(self.path, os.R_OK | os.X_OK):

@@ -292,6 +292,25 @@ def test_overlay_names_its_formats(
     assert isinstance(data, dict) and data["data"]["compat"] == "1.1"
 
 
+def test_overlay_over_a_layer_whose_header_names_what_is_gone(
+    pool: storagepool.Pool, directory: Path
+) -> None:
+    """What a layer stands on is what its record says: it may have moved."""
+    make = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    below, gone = directory / "below", directory / "gone"
+    subprocess.run([*make, gone, "1M"], check=True)
+    subprocess.run([*make, "-b", gone, "-F", "qcow2", below, "1M"], check=True)
+    gone.unlink()
+    pool.create_overlay("top", MiB, str(below), "qcow2")
+    argv = ["qemu-img", "info", "--output=json", str(directory / "top")]
+    found = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    assert found["backing-filename"] == str(below)
+    file = {"driver": "file", "filename": str(directory / "top")}
+    alone = {"driver": "qcow2", "file": file, "backing": None}
+    check = ["qemu-img", "check", "-q", f"json:{json.dumps(alone)}"]
+    subprocess.run(check, check=True, timeout=SECONDS)
+
+
 def test_overlay_over_a_hostile_raw_disk(
     pool: storagepool.Pool, directory: Path
 ) -> None:

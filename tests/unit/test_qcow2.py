@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A qcow2 header that arrives: refused for a data file, and for nothing else."""
 
+import json
 import struct
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from virtmigrate import qcow2
+from virtmigrate.units import MiB
 
 DATA_FILE = 1 << 2
 OBJECTION = "names a file for its data"
@@ -112,3 +117,48 @@ def test_any_bytes_have_an_answer(data: bytes) -> None:
     assert qcow2.objection(data) in (None, OBJECTION, "is no qcow2")
     if not data.startswith(b"QFI\xfb"):
         assert qcow2.objection(data) == "is no qcow2"
+
+
+@pytest.mark.parametrize("name", ["/a", "/pool/vda.0123456789abcdef", "/" + "x" * 1022])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_a_new_layer_says_what_it_stands_on(
+    tmp_path: Path, name: str, fmt: str
+) -> None:
+    layer = new_layer(tmp_path)
+    head = qcow2.with_backing(layer.read_bytes()[: qcow2.CLUSTER], name, fmt)
+    with layer.open("r+b") as file:
+        file.write(head)
+    told = information(layer)
+    assert told["backing-filename"] == name
+    assert told["backing-filename-format"] == fmt
+    assert told["virtual-size"] == MiB
+
+
+@pytest.mark.parametrize("long", ["/" + "x" * 1023, "/" + "é" * 512])
+def test_a_path_that_is_too_long(tmp_path: Path, long: str) -> None:
+    head = new_layer(tmp_path).read_bytes()[: qcow2.CLUSTER]
+    with pytest.raises(ValueError, match="too long"):
+        qcow2.with_backing(head, long, "raw")
+
+
+def test_only_a_new_layer_is_told(tmp_path: Path) -> None:
+    head = new_layer(tmp_path).read_bytes()[: qcow2.CLUSTER]
+    written = qcow2.with_backing(head, "/below", "raw")
+    endless = head[:104] + b"\1" * (qcow2.CLUSTER - 104)
+    for each in (written, head[:-1], b"\0" * qcow2.CLUSTER, endless):
+        with pytest.raises(ValueError, match=r"no new qcow2|no end"):
+            qcow2.with_backing(each, "/other", "raw")
+
+
+def new_layer(tmp_path: Path) -> Path:
+    layer = tmp_path / "layer"
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", str(layer), "1M"]
+    subprocess.run(argv, check=True, timeout=60)
+    return layer
+
+
+def information(layer: Path) -> dict[str, Any]:
+    argv = ["qemu-img", "info", "--output=json", "-f", "qcow2", str(layer)]
+    said = subprocess.run(argv, check=True, timeout=60, capture_output=True).stdout
+    found: dict[str, Any] = json.loads(said)
+    return found

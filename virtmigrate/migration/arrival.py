@@ -13,7 +13,7 @@ from virtmigrate import domainxml, errors, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
-from virtmigrate.migration import plan
+from virtmigrate.migration import plan, trees
 from virtmigrate.migration.scrutiny import Scrutiny
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
@@ -135,8 +135,10 @@ class Arrival:
 
     def _note(self) -> model.Instance:
         self.demand_free()
+        wanted = complete(self._stored)
         arrived = msgspec.structs.replace(
-            complete(self._stored),
+            wanted,
+            snapshots=trees.as_here(wanted.snapshots),
             host=self._here.name,
             state=InstanceState.ARRIVED,
             domain_xml=None,

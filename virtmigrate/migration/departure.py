@@ -8,10 +8,11 @@ from virtmigrate import errors, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.instance import Power
 from virtmigrate.journal import Journal
-from virtmigrate.migration import cargo, facts, inspection, ticket
+from virtmigrate.migration import cargo, facts, inspection, ticket, trees
 from virtmigrate.model import InstanceState, Proof, TransferState, VolumeState
 from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
+from virtmigrate.snapshottree import Snapshots
 
 LOG = logging.getLogger(__name__)
 
@@ -192,11 +193,23 @@ class Departure:
         return msgspec.structs.replace(
             self._original,
             disks=tuple(disks),
+            snapshots=self._snapshots_at_peer(),
             memory=int(begun["memory"]),
             vcpus=int(begun["vcpus"]),
             operation=self.journal.operation,
             peer=self._here.name,
         )
+
+    def _snapshots_at_peer(self) -> Snapshots:
+        named, backends = {}, {}
+        for volume in self._transfer.volumes:
+            backend = self._backend(volume).name
+            if volume.shared:
+                # It keeps its name: what is put over it is gone after the confirm.
+                backends[backend] = volume.backend
+            else:
+                named[backend, volume.source] = volume.backend, volume.name
+        return trees.at_peer(self._original.snapshots, named, backends)
 
     def _win_confirm(self, accept_unproven: bool) -> None:
         """Write CONFIRMED at the peer, or see that an earlier attempt did.

@@ -9,6 +9,7 @@ from virtmigrate import errors, model, node
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.journal import Journal
+from virtmigrate.migration import trees
 from virtmigrate.model import Role, VolumeState
 
 
@@ -41,7 +42,7 @@ def source_of(
     here: node.Node, original: model.Instance, volume: model.TransferVolume
 ) -> base.Backend:
     """Return the backend of this host in which a sent volume lies."""
-    for ref in original.disks:
+    for ref in (*original.disks, *trees.memories(original)):
         if ref.target == volume.target:
             return here.backend(ref.backend)
     raise errors.RecordBroken(

@@ -23,8 +23,6 @@ def inspect(here: node.Node, record: model.Instance) -> model.Instance:
     volumes than its record has.
     """
     uuid = record.uuid
-    if record.snapshots or record.change:
-        raise _refused(uuid, "it has snapshots, which do not move yet: delete them")
     xml = here.domains.xml(uuid)
     found = [*domainxml.obstacles(xml), *here.domains.burdens(uuid)]
     if found:

@@ -3,6 +3,7 @@
 already."""
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from virtmigrate import errors, guestview, model, node
@@ -33,17 +34,20 @@ def choose(
     record: model.Instance,
     card: model.HostCard,
     wanted: Demand = ANY,
+    memories: Iterable[model.DiskRef] = (),
 ) -> dict[str, Landing]:
     """Return where the disks of an instance come to, by their targets.
 
     Arguments:
         card: the peer's.
         wanted: what its disks ask of the peer's backend.
+        memories: files of memory of its snapshots, with targets of their own.
 
     Raises MigrationRefused.
     """
     chooser = _Chooser(here, there, record, card, wanted)
-    return {ref.target: chooser.landing(ref) for ref in record.disks}
+    wanted_places = (*record.disks, *memories)
+    return {ref.target: chooser.landing(ref) for ref in wanted_places}
 
 
 # Private
@@ -169,7 +173,7 @@ class _Chooser:
 
 
 def _is_file(ref: model.DiskRef) -> bool:
-    return ref.role in (Role.NVRAM, Role.CONFIG)
+    return ref.role in (Role.NVRAM, Role.CONFIG, Role.MEMORY)
 
 
 def _is_kept(ref: model.DiskRef, backend: base.Backend) -> bool:

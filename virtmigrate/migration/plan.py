@@ -12,7 +12,7 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, errors, model, needs, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
-from virtmigrate.migration import inspection, landing
+from virtmigrate.migration import inspection, landing, trees
 from virtmigrate.model import InstanceState, Proof, Role, TransferState
 from virtmigrate.peer import Peer
 from virtmigrate.placement import ANY, Demand
@@ -98,8 +98,14 @@ class _Planner:
         original = inspection.inspect(self._here, record)
         card = self._check_peer(record, str(original.domain_xml))
         landings = landing.choose(
-            self._here, self._there, record, card, self._request.demand
+            self._here,
+            self._there,
+            record,
+            card,
+            self._request.demand,
+            trees.memories(record),
         )
+        trees.demand_movable(record, landings)
         transfer = self._transfer(record, landings)
         cards = {each.card.name: each.card for each in landings.values()}
         return Plan(original, transfer, cards)
@@ -153,6 +159,7 @@ class _Planner:
                 volumes[ref.backend, volume.source] = volume
             else:
                 self._add_chain(ref, backend, there.card, volumes)
+        self._add_snapshots(record, landings, volumes)
         self._check_growth(volumes)
         return model.Transfer(
             operation=self._operation,
@@ -165,6 +172,18 @@ class _Planner:
             volumes=tuple(volumes.values()),
             created=time.time(),
         )
+
+    def _add_snapshots(
+        self,
+        record: model.Instance,
+        landings: dict[str, landing.Landing],
+        volumes: dict[_Key, model.TransferVolume],
+    ) -> None:
+        """Add what snapshots hold, and no disk stands on; and files of memory."""
+        for ref in (*trees.layers(record), *trees.memories(record)):
+            if not landings[ref.target].shared:
+                backend, card = self._here.backend(ref.backend), landings[ref.target]
+                self._add_chain(ref, backend, card.card, volumes)
 
     def _add_chain(
         self,
@@ -180,6 +199,8 @@ class _Planner:
             key = ref.backend, volume.name
             if key not in volumes:
                 suffix = f"-{level}" if level else ""
+                if ref.role is Role.LAYER:
+                    suffix = f"-s{len(volumes)}"
                 name = f"{ref.target}{suffix}.{self._operation}"
                 sent = self._sent(ref, backend, card, volume, name, backing)
                 volumes[key] = sent
@@ -201,7 +222,8 @@ class _Planner:
                 f"{volume.size}"
             )
         top = volume.name == ref.volume
-        size = self._new_size(ref, volume) if top else volume.size
+        grown = top and ref.role is not Role.LAYER
+        size = self._new_size(ref, volume) if grown else volume.size
         if volume.format is DiskFormat.RAW:
             size = round_up(size, card.granularity)
         is_image = volume.role is Role.IMAGE and volume.proof is Proof.FULL

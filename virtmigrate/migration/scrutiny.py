@@ -5,9 +5,10 @@ A peer wrote it: it is held to its own operation's volumes, and to what is the
 instance's own on storage that both hosts see.
 """
 
-from virtmigrate import errors, model, node, qcow2, record, wire
+from virtmigrate import errors, model, node, qcow2, record, snapshottree, wire
 from virtmigrate.backends import base, keeping
 from virtmigrate.formats import DiskFormat
+from virtmigrate.migration import trees
 from virtmigrate.model import VolumeState
 
 
@@ -109,6 +110,24 @@ class Scrutiny:
         for ref in wanted.disks:
             if (ref.volume, ref.backend) not in sent:
                 raise self.refusal(f"disk {ref.target} is not of this operation")
+        self._demand_snapshots(wanted, sent)
+
+    def _demand_snapshots(
+        self, wanted: model.Instance, sent: set[tuple[str, str]]
+    ) -> None:
+        """Refuse a tree that holds what was not sent, and is not the instance's."""
+        if wanted.change is not None or wanted.detached:
+            raise self.refusal("its snapshots are not settled")
+        for backend, volume in sorted(snapshottree.volumes(wanted.snapshots)):
+            if (volume, backend) in sent:
+                continue
+            found = self._here.backend(backend).volumes.find(volume)
+            if found is None or not self._is_own(found.body):
+                raise self.refusal(f"snapshots hold {volume}, not of this operation")
+        for each in wanted.snapshots:
+            found_amiss = trees.obstacles(each)
+            if found_amiss:
+                raise self.refusal(f"snapshot {each.name}: {'; '.join(found_amiss)}")
 
     def _is_own(self, volume: model.Volume) -> bool:
         return (

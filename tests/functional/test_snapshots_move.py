@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots go along when an instance moves."""
+
+from typing import Any
+
+import pytest
+
+from sandbox import guest as guests
+from tests.functional.conftest import Node, World
+from tests.functional.test_snapshots import wait_for_beats, write
+from virtmigrate import consistency, errors
+from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.units import MiB
+
+
+def holds(world: World, node: Node, instance: Any) -> int:
+    """The byte that the block at 2 MiB is full of."""
+    (found,) = set(world.read(node, instance)[2 * MiB : 2 * MiB + 65536])
+    return found
+
+
+def grown(world: World) -> Any:
+    """An instance with snapshots 1 and 2, and two branches on the first."""
+    instance, a = world.spawn(world.a), world.a
+    uuid, snapshots = instance.uuid, a.driver.snapshots
+    for number in (1, 2):
+        write(a, instance, number)
+        snapshots.create(uuid, Wanted(f"s{number}"))
+    write(a, instance, 3)
+    snapshots.revert(uuid, Return("s1", keep="s3"))
+    write(a, instance, 4)
+    return instance
+
+
+def expect_tree(world: World, node: Node, instance: Any) -> None:
+    """All snapshots hold what they held; what there is now is kept first."""
+    snapshots, uuid = node.driver.snapshots, instance.uuid
+    assert holds(world, node, instance) == 4
+    tree, current = snapshots.all(uuid)
+    parents = {each.name: each.parent for each in tree}
+    first = next(each.id for each in tree if each.name == "s1")
+    second = next(each.id for each in tree if each.name == "s2")
+    assert parents == {"s1": None, "s2": first, "s3": second}
+    assert current == first
+    snapshots.create(uuid, Wanted("now"))
+    for name, number in {"s2": 2, "s1": 1, "s3": 3, "now": 4}.items():
+        snapshots.revert(uuid, Return(name))
+        assert holds(world, node, instance) == number
+    snapshots.delete(uuid, "now")
+    assert consistency.check(node.driver.node) == []
+
+
+@pytest.mark.parametrize("place", ["apart", "shared"])
+def test_a_tree_moves(world: World, place: str) -> None:
+    if place == "shared":
+        world.share()
+    instance = grown(world)
+    world.finish(instance, world.migrate(instance))
+    assert world.b.state_of(instance) == "running"
+    world.confirm(instance)
+    for node in (world.a, world.b):
+        assert node.driver.settle() == []
+    expect_tree(world, world.b, instance)
+    if place == "apart":
+        assert world.a.files() == []
+    world.b.driver.destroy(None, instance, None)
+    assert world.b.files() == []
+
+
+@pytest.mark.parametrize("place", ["apart", "shared"])
+def test_a_tree_comes_back(world: World, place: str) -> None:
+    if place == "shared":
+        world.share()
+    instance = grown(world)
+    world.finish(instance, world.migrate(instance))
+    world.revert(instance)
+    assert world.a.state_of(instance) == "running"
+    for node in (world.a, world.b):
+        assert node.driver.settle() == []
+    expect_tree(world, world.a, instance)
+    if place == "apart":
+        assert world.b.files() == []
+
+
+@pytest.mark.parametrize("place", ["apart", "shared"])
+@pytest.mark.parametrize("disk", [Place.EXTERNAL, Place.INTERNAL], ids=["out", "in"])
+def test_a_checkpoint_moves(world: World, disk: Place, place: str) -> None:
+    """The guest goes on at the peer where it was on this host."""
+    if place == "shared":
+        world.share()
+    a, b = world.a, world.b
+    instance = world.spawn(a, guests.image().path, memory_mb=128)
+    uuid = instance.uuid
+    console = a.host.logs / f"qemu/virtmigrate-{uuid}.log"
+    wait_for_beats(console, 2)
+    outside = disk is Place.EXTERNAL
+    if not outside:
+        a.driver.snapshots.create(uuid, Wanted("layer"))
+    memory = Memory.EXTERNAL if outside else Memory.INTERNAL
+    wanted = Wanted("m", Kind.CHECKPOINT, memory=memory, places={"vda": disk})
+    a.driver.snapshots.create(uuid, wanted)
+    at = guests.beats(console)[-1].number
+    wait_for_beats(console, len(guests.beats(console)) + 2)
+    world.finish(instance, world.migrate(instance))
+    world.confirm(instance)
+    there = b.host.logs / f"qemu/virtmigrate-{uuid}.log"
+    wait_for_beats(there, 1)
+    b.driver.settle()
+    count = len(guests.beats(there))
+    b.driver.snapshots.revert(uuid, Return("m"))
+    wait_for_beats(there, count + 2)
+    assert at - 1 <= guests.beats(there)[count].number <= at + 2
+    # One boot after the move; none after going back.
+    assert len(guests.boots(there)) == 1
+
+
+def test_what_does_not_move(world: World) -> None:
+    instance = grown(world)
+    world.a.overrides = {"flatten_disks": True}
+    world.a.new_driver()
+    before = world.a.files()
+    with pytest.raises(errors.MigrationRefused, match="would become one raw volume"):
+        world.migrate(instance)
+    assert (world.a.files(), world.b.files()) == (before, [])
+    assert world.a.state_of(instance) == "running"
