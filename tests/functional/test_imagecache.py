@@ -442,6 +442,39 @@ def test_what_is_being_fetched_is_not_swept(place: Place) -> None:
         assert place.root(fetched.result()) == told(content())
 
 
+# An answer that was lost
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["back", "away"])
+def test_a_volume_whose_maker_did_not_hear_of_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch, is_away: bool
+) -> None:
+    """It goes, and where that cannot be done its record stays, and knows of it."""
+    made = place.volume(place.cache.obtain(place.source()))
+    pool = type(place.backend.incoming)
+    create, delete = pool.create_raw, pool.delete
+
+    def late(self: Any, name: str, *args: Any) -> None:
+        create(self, name, *args)
+        if name == made.name:
+            raise errors.HostTimeout(host="h", doing="making", seconds=1)
+
+    def away(self: Any, name: str) -> None:
+        if is_away and name == made.name:
+            raise errors.HostTimeout(host="h", doing="deleting", seconds=1)
+        delete(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "create_raw", late)
+        patch.setattr(pool, "delete", away)
+        with pytest.raises(errors.HostTimeout, match="making"):
+            place.backend.allocate(made)
+    left = place.backend.volumes.find(made.name)
+    assert place.backend.incoming.has(made.name) == is_away == (left is not None)
+    place.backend.remove(made.name)
+    assert not place.backend.incoming.has(made.name)
+
+
 # Counted on
 
 

@@ -18,6 +18,9 @@ from virtmigrate.backends.terms import Capabilities, Clones, Settings
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 
+_ANSWER_LOST = (errors.HostTimeout, errors.HostUnreachable, errors.StorageDown)
+"""Errors after which what was asked for may be done, now or a little later."""
+
 
 class Making(Access):
     """Makes volumes, with their records. Safe to share between threads."""
@@ -162,16 +165,26 @@ class Making(Access):
         return self.cloning[wanted]
 
     def _make(self, volume: model.Volume, make: Callable[[], None]) -> None:
-        """Publish a record, then make its volume; on failure there is no record.
+        """Publish a record, then make its volume; on failure there is neither.
+
+        Where the storage does not answer any more the record stays, incomplete, for
+        who clears up later: the volume may be there.
 
         Arguments:
-            make: makes the volume, and leaves none when it fails.
+            make: makes the volume, and leaves none when it fails, unless the answer
+                was lost.
         """
         self.volumes.publish(volume.name, volume)
         with rollback.Rollback() as undo:
             what = f"remove the record of {volume.name}"
             undo.add(what, lambda: self.volumes.remove(volume.name))
-            make()
+            try:
+                make()
+            except _ANSWER_LOST:
+                # The name is ours by its record; that goes after the volume.
+                undo.commit()
+                undo.add(f"remove {volume.name}", lambda: self._delete(volume.name))
+                raise
             undo.commit()
 
     def _create(self, volume: model.Volume) -> None:
