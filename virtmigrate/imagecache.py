@@ -51,6 +51,7 @@ class ImageCache:
         self._backend = backend
         self._slots = slots.Slots(backend.volumes.pool, here.options.record_grace)
         self._lease: float = here.options.image_lease
+        self._patience: float = here.options.image_wait_timeout
         self.backend = backend.name
         self.shelf = shelf.Shelf(backend, self._slots, self._lease)
         self.counters = self.shelf.counters
@@ -64,7 +65,7 @@ class ImageCache:
         and go on fetching if the one who does it dies. It may be dropped again at
         any time until something is cloned from it.
 
-        Raises ImageRefused, ImageNotFetched, NoSpace, Cancelled.
+        Raises ImageRefused, ImageNotFetched, ImageStalled, NoSpace, Cancelled.
         """
         progress, described = progress or Progress(), source.described()
         name = slots.key_of(source.origin, described)
@@ -157,10 +158,11 @@ class ImageCache:
         return said
 
     def sweep(self) -> None:
-        """Remove all leftovers, and what lies in staging without a fetcher."""
+        """Remove all leftovers, what lies in staging without a fetcher, old slots."""
         fetching.sweep_staging(self._here)
         for stored in self.shelf.leftovers():
             self.shelf.clear(stored)
+        self._slots.sweep(self._backend.volumes.newest, self._lease)
 
     # Private
 
@@ -183,10 +185,23 @@ class ImageCache:
         return stored.body if stored and keeping.is_image(stored.body) else None
 
     def _wait(self, slot: model.Slot, progress: Progress, wait: "_Wait") -> None:
-        """Wait a moment for another one; ImageNotFetched when that one failed."""
+        """Wait a moment for another one.
+
+        Raises ImageNotFetched when that one failed, ImageStalled when it does not
+        advance.
+        """
         if slot.failed:
             raise errors.ImageNotFetched(
                 image=slot.source, host=slot.host, reason=slot.failed
+            )
+        if wait.stalled(slot) > self._patience:
+            raise errors.ImageStalled(
+                image=slot.source,
+                host=slot.host,
+                operation=slot.operation,
+                done=slot.done,
+                total=slot.total,
+                seconds=self._patience,
             )
         if not wait.waited:
             self.counters.waits += 1
@@ -286,6 +301,8 @@ class _Wait:
         self._generation = -1
         self._since = 0.0
         self._operations: set[str] = set()
+        self._place: tuple[str, int, int] | None = None
+        self._moved = 0.0
         self.waited = False
         self.done = 0
 
@@ -301,6 +318,13 @@ class _Wait:
         if found.generation != self._generation:
             self._generation, self._since = found.generation, time.monotonic()
         return time.monotonic() - self._since < self._lease
+
+    def stalled(self, slot: model.Slot) -> float:
+        """Return the seconds for which the fetcher was seen not to advance."""
+        place = (slot.operation, slot.done, slot.total)
+        if place != self._place:
+            self._place, self._moved = place, time.monotonic()
+        return time.monotonic() - self._moved
 
 
 def _demand_fit(image: model.Volume, volume: model.Volume) -> None:

@@ -220,10 +220,15 @@ class Store(Generic[T]):
         for generation in older[:-1]:
             self.pool.delete(_volume(name, generation))
 
-    def remove(self, name: str) -> None:
-        """Remove the record, the newest generation last, so that none revives."""
+    def remove(self, name: str, *, until: int | None = None) -> None:
+        """Remove the record, the newest generation last, so that none revives.
+
+        Arguments:
+            until: the last generation that goes; what was published since then stays.
+        """
         for generation in self._generations(name):
-            self.pool.delete(_volume(name, generation))
+            if until is None or generation <= until:
+                self.pool.delete(_volume(name, generation))
 
     def written(self, stored: Stored[T]) -> float:
         """Return when a record was written, by its host's clock; 0 if it is gone."""

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 
 import blake3
 import msgspec
@@ -28,7 +28,7 @@ PREFIX = f"{layout.RESERVED}image-"
 
 _PATIENCE = 10
 """Leases without a sign of life after which nobody is believed to fetch, by who does
-not wait for it and has no clock of his own."""
+not wait for it and has no clock of his own. Also how long a failure is remembered."""
 
 
 class Lost(Exception):
@@ -93,16 +93,40 @@ class Slots:
             return True
         if found.body.volume or found.body.failed:
             return found.body.volume != volume.name
-        # By the clock of the storage's host, which may be another one's. Without it
-        # there is a newer sign of life.
-        written = self._store.written(found)
-        return written > 0 and time.time() - written > _PATIENCE * lease
+        return self._is_old(found, lease)
 
     def forget(self, key: str, volume: str) -> None:
         """Remove the slot of an image that is gone."""
         found = self.find(key)
         if found is not None and found.body.volume == volume:
-            self._store.remove(found.name)
+            self._store.remove(found.name, until=found.generation)
+
+    def sweep(self, volumes: Callable[[], Container[str]], lease: float) -> int:
+        """Remove old slots that name no volume; return how many there were.
+
+        Of fetches that failed, were refused, or whose fetcher is dead, and of images
+        that are gone. Who waited for them has heard of it.
+
+        Arguments:
+            volumes: returns the names of all volumes that have a record; asked after
+                the slots were read, so that what one of these names is there, or gone.
+        """
+        slots = self.all()
+        known = volumes() if slots else ()
+        over = [s for s in slots.values() if s.body.volume not in known]
+        gone = [stored for stored in over if self._is_old(stored, lease)]
+        for stored in gone:
+            self._store.remove(stored.name, until=stored.generation)
+            LOG.info("slot=%s removed: %s", stored.body.key, stored.body.source)
+        return len(gone)
+
+    # Private
+
+    def _is_old(self, stored: record.Stored[model.Slot], lease: float) -> bool:
+        # By the clock of the storage's host, which may be another one's. Without it
+        # there is a newer sign of life.
+        written = self._store.written(stored)
+        return written > 0 and time.time() - written > _PATIENCE * lease
 
 
 class Claim:

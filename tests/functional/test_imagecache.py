@@ -294,6 +294,71 @@ def test_those_who_wait_hear_of_a_failure(place: Place) -> None:
     place.cache.obtain(place.source())
 
 
+def test_the_slot_of_a_failure_goes(place: Place) -> None:
+    """After its age; that of an image that is there stays, and one that is fetched."""
+    image = place.cache.obtain(place.source())
+    failing = Counted(
+        place.tmp / "other", error=errors.ImageRefused(image="x", reason="")
+    )
+    (place.tmp / "other").write_bytes(content(b"other"))
+    with pytest.raises(errors.ImageRefused):
+        place.cache.obtain(failing)
+    held = slots.Slots(place.backend.volumes.pool, 1)
+    assert len(held.all()) == 2
+    place.cache.sweep()
+    assert len(held.all()) == 2
+    time.sleep(1.5)
+    claim = held.claim("ab" * 16, "x", None, "h")
+    assert claim is not None
+    lease = 1 / slots._PATIENCE
+    assert held.sweep(place.backend.volumes.newest, lease) == 1
+    assert image.image is not None
+    assert set(held.all()) == {image.image.key, claim.key}
+    assert held.sweep(place.backend.volumes.newest, LEASE) == 0
+    claim.fill("volume")
+    held.forget(claim.key, "volume")
+
+
+def test_a_slot_that_was_won_meanwhile_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was old when the sweep looked, and somebody begins to fetch."""
+    held = slots.Slots(place.backend.volumes.pool, 1)
+    first = held.claim("ab" * 16, "x", None, "h")
+    assert first is not None
+    won: list[slots.Claim | None] = []
+
+    def late(self: Any, stored: Any, lease: float) -> bool:
+        won.append(held.claim(first.key, "x", stored, "other"))
+        return True
+
+    monkeypatch.setattr(slots.Slots, "_is_old", late)
+    held.sweep(lambda: (), LEASE)
+    assert won[0] is not None
+    won[0].fill("volume")
+    held.forget(first.key, "volume")
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_who_waits_does_not_wait_for_ever(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetcher lives and does not advance: the error says who it is."""
+    source, hasty = place.source(delay=30), place.fresh()
+    monkeypatch.setattr(hasty, "_patience", 2.0)
+    progress = Progress()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(place.cache.obtain, source, progress)
+        assert source.begun.wait(30)
+        began = time.monotonic()
+        with pytest.raises(errors.ImageStalled, match=place.here.name):
+            hasty.obtain(place.source())
+        assert 2 <= time.monotonic() - began < 20
+        progress.cancel()
+        with pytest.raises(errors.Cancelled):
+            first.result(60)
+
+
 @pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
 def test_the_staging_is_full(place: Place) -> None:
     """A source that does not tell its size, on a disk that is too small for it."""

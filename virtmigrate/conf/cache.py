@@ -18,6 +18,15 @@ cache_opts = [
         help="Seconds without a sign of life after which another one takes over what "
         "somebody fetches; the same for all hosts that share a backend.",
     ),
+    cfg.FloatOpt(
+        "image_wait_timeout",
+        default=7200.0,
+        min=1,
+        max=604800,
+        help="Seconds that others wait for one who fetches an image, gives signs of "
+        "life, and does not advance. More than image_convert_timeout and "
+        "image_retry_timeout: a conversion does not tell how far it is.",
+    ),
 ]
 
 # oslo.config registers these once per backend, in the backend's group.

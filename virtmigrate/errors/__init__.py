@@ -43,7 +43,9 @@
     ├── ImageError
     │   ├── ImageRefused
     │   ├── ImageNotConverted
-    │   ├── ImageUnavailable, ImageNotFetched
+    │   ├── ImageUnavailable
+    │   ├── ImageNotFetched
+    │   │   └── ImageStalled
     │   ├── ImageNotFound, ImageGone, ImageInUse
     │   └── DiskTooSmall
     └── MigrationError
@@ -81,6 +83,7 @@ from virtmigrate.errors.images import ImageNotConverted as ImageNotConverted
 from virtmigrate.errors.images import ImageNotFetched as ImageNotFetched
 from virtmigrate.errors.images import ImageNotFound as ImageNotFound
 from virtmigrate.errors.images import ImageRefused as ImageRefused
+from virtmigrate.errors.images import ImageStalled as ImageStalled
 from virtmigrate.errors.images import ImageUnavailable as ImageUnavailable
 from virtmigrate.errors.instances import HeldElsewhere as HeldElsewhere
 from virtmigrate.errors.instances import InstanceBusy as InstanceBusy

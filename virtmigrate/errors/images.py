@@ -30,6 +30,16 @@ class ImageNotFetched(ImageError):
     msg = "image {image}: {host} could not fetch it: {reason}"
 
 
+class ImageStalled(ImageNotFetched):
+    """Another one, who fetches it for all that wait, lives and does not advance."""
+
+    msg = (
+        "image {image}: {host} fetches it, and has been at {done} of {total} bytes for "
+        "{seconds:g} s (operation {operation}). It goes on there; look at that host, "
+        "and ask again"
+    )
+
+
 class ImageNotFound(ImageError):
     msg = "host {host}: backend {backend} has no image {image}, or more than one"
 
