@@ -49,9 +49,15 @@ class Cached:
         return self.volume.image
 
     @property
+    def holders(self) -> tuple[str, ...]:
+        """The operations of peers that count on it, by leases that are not over."""
+        now = time.time()
+        return tuple(h.operation for h in self.volume.holds if h.until > now)
+
+    @property
     def is_held(self) -> bool:
         """Tell whether a peer counts on it for a move."""
-        return any(hold.until > time.time() for hold in self.volume.holds)
+        return bool(self.holders)
 
     @property
     def is_idle(self) -> bool:

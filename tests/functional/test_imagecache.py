@@ -864,6 +864,68 @@ def test_the_command(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_the_command_refuses_what_there_is_not(place: Place) -> None:
+    place.cache.obtain(place.source())
+    assert "has no image typo" in run(place, "check", "typo", code=1)
+    assert "no backend typo" in run(place, "check", "--backend", "typo", code=1)
+    assert "no backend typo" in run(place, "show", "a", "--backend", "typo", code=1)
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+@pytest.mark.parametrize("words", [("list",), ("check",), ("prune", "--dry-run")])
+def test_a_backend_that_is_down(place: Place, words: tuple[str, ...]) -> None:
+    """It is named; the others are listed all the same."""
+    place.cache.obtain(place.source())
+    argv = [sys.executable, "-m", "virtmigrate.cli.main", "--config-file"]
+    argv += [str(place.side.config), "image", *words, "-f", "json"]
+    with place.side.libvirt() as conn:
+        pool = conn.storagePoolLookupByName("virtmigrate-files-records")
+        pool.destroy()
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        finally:
+            pool.create()
+    assert done.returncode == 1
+    assert "backend files is left out" in done.stderr
+    rows = [] if words[0] == "prune" else [place.backend.name]
+    assert [row["backend"] for row in json.loads(done.stdout)] == rows
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_leases_that_are_over_are_not_shown(place: Place) -> None:
+    image = place.cache.obtain(place.source())
+    now = time.time()
+    over = model.Hold(operation="f" * 16, until=now - 1)
+    hold = model.Hold(operation=OPERATION, until=now + 600)
+    place.backend.update(msgspec.structs.replace(image, holds=(over, hold)))
+    assert image.image is not None
+    shown = run(place, "show", image.image.key, "-f", "json")
+    assert shown["held by"] == OPERATION
+
+
+def test_a_pin_that_loses_its_generation(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody made a disk of it at the same moment: it is pinned all the same."""
+    image = place.cache.obtain(place.source())
+    (cached,) = place.cache.shelf.all()
+    real = keeping.Images._usable
+    others: list[str] = []
+
+    def late(self: keeping.Images, name: str) -> Any:
+        found = real(self, name)
+        if not others:
+            others.append(name)
+            self.count_on(name)
+        return found
+
+    monkeypatch.setattr(keeping.Images, "_usable", late)
+    place.cache.pin(cached, pinned=True)
+    (cached,) = place.cache.shelf.all()
+    assert cached.origin.pinned and others == [image.name]
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
 def test_storage_check_knows_of_images(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,8 +156,17 @@ class Images:
         raise errors.ImageGone(host=self._store.pool.host.name, image=name)
 
     def change_origin(self, name: str, **changes: object) -> None:
-        """Change what is kept of an image; ImageGone, RecordConflict."""
-        self._republish(self._usable(name), **changes)
+        """Change what is kept of an image.
+
+        Raises ImageGone, RecordConflict when others change the record all the time.
+        """
+        for attempt in range(1, _TRIES + 1):
+            try:
+                self._republish(self._usable(name), **changes)
+                return
+            except errors.RecordConflict:
+                if attempt == _TRIES:
+                    raise
 
     def doom(self, seen: record.Stored[model.Volume]) -> bool:
         """Let nobody count on an image any more; False when it changed meanwhile."""

@@ -3,26 +3,61 @@
 
 import argparse
 import datetime
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from virtmigrate import imagecache, mapping, shelf
+from oslo_log import log as logging
+
+from virtmigrate import errors, imagecache, mapping, node, shelf
 from virtmigrate.cli import command, display, outcome
+
+LOG = logging.getLogger(__name__)
 
 _KEY = 12
 """Characters of a key that are shown; any unique beginning is understood."""
 
+Row = tuple[Any, ...]
 
-class List(command.Lister):
+
+class _Lister(command.Lister):
+    """A table of the images of several backends.
+
+    One that does not answer is named, and the command ends with 1.
+    """
+
+    def rows(
+        self,
+        here: node.Node,
+        look: Callable[[imagecache.ImageCache], Iterable[Row]],
+        backend: str | None = None,
+    ) -> list[Row]:
+        """Return the rows of all backends that answer, or of one.
+
+        Raises ConfigurationError when there is no backend of this name.
+        """
+        _demand_backend(here, backend)
+        rows = []
+        for cache in imagecache.Caches(here).up():
+            if backend not in (None, cache.backend):
+                continue
+            try:
+                for row in look(cache):
+                    rows.append(row)
+            except (errors.StorageError, errors.HostError) as e:
+                LOG.error("backend %s is left out: %s", cache.backend, e)
+                self.code = outcome.Outcome.FAILED
+        return rows
+
+
+class List(_Lister):
     """Show the images of this host's backends, the least recently used first."""
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         with self.open() as session:
-            caches = imagecache.Caches(session.look())
-            rows = [
-                _row(cache, cached)
-                for cache in caches.up()
-                for cached in cache.shelf.all()
-            ]
+            rows = self.rows(
+                session.look(),
+                lambda cache: [_row(cache, each) for each in cache.shelf.all()],
+            )
         return _COLUMNS, rows
 
 
@@ -51,7 +86,7 @@ class Show(command.ShowOne):
                     "checked": f"{_time(origin.checked)} by rules {origin.rules}",
                     "used": _time(origin.used),
                     "pinned": origin.pinned,
-                    "held by": ", ".join(hold.operation for hold in volume.holds),
+                    "held by": ", ".join(cached.holders),
                     "references": "\n".join(cached.references),
                 }
             )
@@ -81,6 +116,7 @@ class Add(command.ShowOne):
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         with self.open() as session, display.working(self.app.stderr) as progress:
             driver = session.here()
+            _demand_backend(driver.node, parsed_args.backend)
             source = mapping.named_image(
                 session.conf,
                 parsed_args.source,
@@ -120,7 +156,7 @@ class Remove(command.Plain):
             cache.remove(cached)
 
 
-class Check(command.Lister):
+class Check(_Lister):
     """Read images again: is each what its record says, and fit by today's rules?
 
     Ends with 1 when one is not; nothing is removed.
@@ -133,22 +169,28 @@ class Check(command.Lister):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
-        rows = []
         with self.open() as session, display.working(self.app.stderr) as progress:
-            caches = imagecache.Caches(session.look())
-            for cache in caches.up():
+            here = session.look()
+
+            def look(cache: imagecache.ImageCache) -> Iterable[Row]:
                 for cached in cache.shelf.all():
-                    if not cached.origin.key.startswith(parsed_args.image):
-                        continue
-                    if parsed_args.backend in (None, cache.backend):
-                        said = cache.check(cached, progress)
-                        rows.append((*_row(cache, cached)[:3], said or "good"))
-                        if said:
-                            self.code = outcome.Outcome.FAILED
+                    if cached.origin.key.startswith(parsed_args.image):
+                        said = cache.check(cached, progress) or _GOOD
+                        yield (*_row(cache, cached)[:3], said)
+
+            rows = self.rows(here, look, parsed_args.backend)
+        if parsed_args.image and not rows:
+            raise errors.ImageNotFound(
+                host=here.name,
+                backend=parsed_args.backend or "any",
+                image=parsed_args.image,
+            )
+        if any(row[-1] != _GOOD for row in rows):
+            self.code = outcome.Outcome.FAILED
         return ("backend", "key", "source", "found"), rows
 
 
-class Prune(command.Lister):
+class Prune(_Lister):
     """Drop idle images beyond each backend's limits, and show them."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -160,21 +202,21 @@ class Prune(command.Lister):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         with self.open() as session:
-            caches = imagecache.Caches(session.look())
-            rows = [
-                _row(cache, cached)
-                for cache in caches.up()
-                for cached in cache.prune(dry_run=parsed_args.dry_run)
-            ]
+            dry = parsed_args.dry_run
+            rows = self.rows(
+                session.look(),
+                lambda cache: [_row(cache, each) for each in cache.prune(dry_run=dry)],
+            )
         return _COLUMNS, rows
 
 
 # Private
 
+_GOOD = "good"
 _COLUMNS = ("backend", "key", "source", "size", "references", "kept", "used")
 
 
-def _row(cache: imagecache.ImageCache, cached: shelf.Cached) -> tuple[Any, ...]:
+def _row(cache: imagecache.ImageCache, cached: shelf.Cached) -> Row:
     origin = cached.origin
     words = (("pinned", origin.pinned), ("held", cached.is_held))
     return (
@@ -199,9 +241,18 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
 
 
 def _find(
-    here: Any, parsed_args: argparse.Namespace
+    here: node.Node, parsed_args: argparse.Namespace
 ) -> tuple[imagecache.ImageCache, shelf.Cached]:
+    _demand_backend(here, parsed_args.backend)
     return imagecache.Caches(here).find(parsed_args.image, parsed_args.backend)
+
+
+def _demand_backend(here: node.Node, name: str | None) -> None:
+    if name is not None and name not in here.backends:
+        raise errors.ConfigurationError(
+            reason=f"host {here.name} has no backend {name}; it has "
+            + ", ".join(here.backends)
+        )
 
 
 def _time(seconds: float) -> str:
