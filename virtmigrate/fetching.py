@@ -144,9 +144,9 @@ class Fetcher:
         check: Callable[[], None],
     ) -> str:
         """Write what the source gives to a file with holes; return its checksum."""
-        _demand_room(path.parent, described.size or 0, self._here.name)
         progress.phase("fetching", described.size or 0)
-        with self._full_disk(path), path.open("xb") as file:
+        with _staged(self._here), path.open("xb") as file:
+            _demand_room(path.parent, described.size or 0, self._here.name)
 
             def write(data: bytes) -> None:
                 if any(data):
@@ -164,18 +164,6 @@ class Fetcher:
                 volume=source.origin, reason="it became another image meanwhile"
             )
         return f"{received.checksum.algorithm}:{received.checksum.hex}"
-
-    @contextlib.contextmanager
-    def _full_disk(self, path: Path) -> Iterator[None]:
-        """Say it when the staging's disk is full."""
-        try:
-            yield
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise errors.DiskFull(
-                host=self._here.name, pool=str(path.parent.parent), reason=e.strerror
-            ) from e
 
     def _volume(self, work: "_Work", checksum: str, length: int) -> model.Volume:
         """Return the image's record, as it is before there is anything of it."""
@@ -221,10 +209,14 @@ class _Work:
 
 @contextlib.contextmanager
 def staging(here: node.Node, operation: str) -> Iterator[Path]:
-    """Yield a directory of this host for what is fetched; it goes in the end."""
+    """Yield a directory of this host for what is fetched; it goes in the end.
+
+    Raises StorageError where it cannot be made.
+    """
     place = directory(here) / operation
     with here.locks.only(f"staging-{operation}"):
-        place.mkdir(parents=True, mode=0o700)
+        with _staged(here):
+            place.mkdir(parents=True, mode=0o700)
         try:
             yield place
         finally:
@@ -234,9 +226,12 @@ def staging(here: node.Node, operation: str) -> Iterator[Path]:
 def recheck(
     here: node.Node, backend: base.Backend, image: model.Volume, progress: Progress
 ) -> str:
-    """Return what is wrong with an image's bytes, "" if nothing is."""
+    """Return what is wrong with an image's bytes, "" if nothing is.
+
+    Raises StorageError where it cannot be read or staged.
+    """
     progress.phase("reading", image.size)
-    with here.mover(progress) as mover:
+    with _read(here, image), here.mover(progress) as mover:
         found = mover.survey(backend.source(image, image.size))
     if image.digest is None or found.digest() != image.digest:
         return f"its bytes are not those of its record (root {found.root()})"
@@ -245,7 +240,8 @@ def recheck(
         return ""
     progress.phase("checking at the door")
     with staging(here, uuid.uuid4().hex[:16]) as place:
-        _copied(backend.source(image, image.size), place / "image")
+        with _read(here, image):
+            _copied(here, backend.source(image, image.size), place / "image")
         try:
             door.inspect(
                 place / "image", image.image.format, door.Limits.configured(here.conf)
@@ -306,14 +302,48 @@ def reviewed(
     return found, digest.hexdigest()
 
 
-def _copied(source: reading.Source, path: Path) -> None:
-    with source, path.open("xb") as file:
+def _copied(here: node.Node, source: reading.Source, path: Path) -> None:
+    with source, contextlib.ExitStack() as stack:
+        with _staged(here):
+            file = stack.enter_context(path.open("xb"))
         for start in range(0, source.size, MiB):
             data = source.read(start, min(start + MiB, source.size))
-            if data:
-                file.seek(start)
-                file.write(data)
-        file.truncate(source.size)
+            with _staged(here):
+                if data:
+                    file.seek(start)
+                    file.write(data)
+                    file.flush()
+        with _staged(here):
+            file.truncate(source.size)
+
+
+@contextlib.contextmanager
+def _staged(here: node.Node) -> Iterator[None]:
+    """Say what is wrong with the directory where images are staged."""
+    try:
+        yield
+    except OSError as e:
+        where = {"host": here.name, "pool": str(directory(here))}
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise errors.DiskFull(**where, reason=e.strerror) from e
+        raise errors.StorageError(
+            **where,
+            reason=f"images cannot be staged there: {e.strerror}; image_staging_path "
+            "names that directory",
+        ) from e
+
+
+@contextlib.contextmanager
+def _read(here: node.Node, image: model.Volume) -> Iterator[None]:
+    """Say that an image's bytes cannot be read."""
+    try:
+        yield
+    except OSError as e:
+        raise errors.StorageError(
+            host=here.name,
+            pool=image.pool,
+            reason=f"image {image.name} cannot be read: {e.strerror}",
+        ) from e
 
 
 def _demand_room(path: Path, size: int, host: str) -> None:

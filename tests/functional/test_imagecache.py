@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import signal
@@ -35,6 +36,7 @@ from virtmigrate import (
     imagecache,
     manifest,
     model,
+    reading,
     record,
     slots,
     sources,
@@ -192,6 +194,26 @@ def told(data: bytes) -> str:
         start, end = found.span(index)
         found[index] = manifest.digest_of(data[start:end])
     return found.root()
+
+
+def other(place: Place) -> Path:
+    """Another image."""
+    path = place.tmp / "other.raw"
+    path.write_bytes(content(b"other"))
+    return path
+
+
+@contextlib.contextmanager
+def full_staging(place: Place) -> Iterator[None]:
+    """Have a disk for staging that is too small for any image."""
+    staged = fetching.directory(place.here)
+    staged.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(staged)]
+    subprocess.run(mount, check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(staged)], check=True, timeout=30)
 
 
 # Fetched once
@@ -367,17 +389,50 @@ def test_the_staging_is_full(place: Place) -> None:
         def described(self) -> sources.Described:
             return dataclasses.replace(super().described(), size=None)
 
-    staged = fetching.directory(place.here)
-    staged.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(staged)]
-    subprocess.run(mount, check=True, timeout=30)
-    try:
+    with full_staging(place):
         with pytest.raises(errors.DiskFull, match="staging"):
             place.cache.obtain(Untold(place.image))
         place.expect_nothing()
-    finally:
-        subprocess.run(["umount", str(staged)], check=True, timeout=30)
     place.cache.obtain(Untold(place.image))
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_the_staging_cannot_be_made(place: Place) -> None:
+    """The error says where, for a fetch and for a second look."""
+    image = place.cache.obtain(place.source())
+    (cached,) = place.cache.shelf.all()
+    staged = fetching.directory(place.here)
+    staged.rmdir()
+    staged.write_text("no directory")
+    try:
+        for attempt in (
+            lambda: place.cache.check(cached, Progress()),
+            lambda: place.cache.obtain(Counted(other(place))),
+        ):
+            with pytest.raises(errors.StorageError, match="image_staging_path"):
+                attempt()
+    finally:
+        staged.unlink()
+    assert place.images() == [image.name]
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_a_second_look_at_what_cannot_be_read_or_staged(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.cache.obtain(place.source())
+    (cached,) = place.cache.shelf.all()
+    with full_staging(place), pytest.raises(errors.DiskFull, match="staging"):
+        place.cache.check(cached, Progress())
+
+    def broken(*_: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.FileSource, "read", broken)
+        with pytest.raises(errors.StorageError, match="cannot be read: Input"):
+            place.cache.check(cached, Progress())
+    assert place.cache.check(cached, Progress()) == ""
 
 
 def test_cancelled(place: Place) -> None:
