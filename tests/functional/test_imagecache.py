@@ -319,13 +319,13 @@ def test_those_who_wait_hear_of_a_failure(place: Place) -> None:
 def test_the_slot_of_a_failure_goes(place: Place) -> None:
     """After its age; that of an image that is there stays, and one that is fetched."""
     image = place.cache.obtain(place.source())
-    failing = Counted(
-        place.tmp / "other", error=errors.ImageRefused(image="x", reason="")
-    )
-    (place.tmp / "other").write_bytes(content(b"other"))
+    refused = errors.ImageRefused(image="x", reason="")
+    failing = Counted(other(place), error=refused)
+    held = slots.Slots(place.backend.volumes.pool, 1)
+    # What earlier tests left in a pool that is shared.
+    held.sweep(place.backend.volumes.newest, 0)
     with pytest.raises(errors.ImageRefused):
         place.cache.obtain(failing)
-    held = slots.Slots(place.backend.volumes.pool, 1)
     assert len(held.all()) == 2
     place.cache.sweep()
     assert len(held.all()) == 2
@@ -351,8 +351,10 @@ def test_a_slot_that_was_won_meanwhile_stays(
     won: list[slots.Claim | None] = []
 
     def late(self: Any, stored: Any, lease: float) -> bool:
-        won.append(held.claim(first.key, "x", stored, "other"))
-        return True
+        is_ours: bool = stored.body.key == first.key
+        if is_ours:
+            won.append(held.claim(first.key, "x", stored, "other"))
+        return is_ours
 
     monkeypatch.setattr(slots.Slots, "_is_old", late)
     held.sweep(lambda: (), LEASE)
