@@ -126,12 +126,12 @@ class ImageCache:
 
     def remove(self, cached: shelf.Cached) -> None:
         """Drop an image now; ImageInUse where something counts on it."""
-        if not self.shelf.drop([cached]):
+        if self.shelf.is_used(cached.volume.name) or not self.shelf.drop([cached]):
             raise errors.ImageInUse(
                 host=self._here.name,
                 image=cached.origin.source,
                 reason=", ".join(cached.references)
-                or ("it is pinned" if cached.origin.pinned else "a peer holds it"),
+                or ("it is pinned" if cached.origin.pinned else "it is counted on"),
             )
 
     def prune(self, *, dry_run: bool = False) -> list[shelf.Cached]:
@@ -181,7 +181,7 @@ class ImageCache:
         """Return the image that a slot names; None where it is gone."""
         if found is None or not found.body.volume:
             return None
-        stored = self._backend.volumes.find(found.body.volume)
+        stored = self._backend.catalog.find(found.body.volume)
         return stored.body if stored and keeping.is_image(stored.body) else None
 
     def _wait(self, slot: model.Slot, progress: Progress, wait: "_Wait") -> None:

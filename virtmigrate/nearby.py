@@ -25,6 +25,21 @@ class Nearby:
         with os.scandir(self._path) as found:
             return [each.name for each in found if _is_volume(each)]
 
+    def has(self, name: str) -> bool:
+        """Tell whether libvirt would list a volume of this name."""
+        path = self._path / name
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return False
+        if stat.S_ISLNK(mode):
+            return path.exists()
+        return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+    def changed(self) -> int:
+        """Return when a name came or went last, in nanoseconds of its clock."""
+        return self._path.stat().st_mtime_ns
+
     def read(self, name: str, limit: int) -> bytes:
         """Return the bytes of a small file.
 

@@ -184,6 +184,24 @@ class Store(Generic[T]):
             return None
         return Stored(name, generation, body)
 
+    def still(self, stored: Stored[T]) -> Stored[T] | None:
+        """Return a record as it stands there now, if it is the newest of its name yet.
+
+        None where it may not be: find() tells. Costs two looks at single volumes. What
+        is published has the next number, and the older ones go first: so the one that
+        is there, and has no next one, is the newest. Raises RecordTooNew.
+        """
+        if self.pool.has(_volume(stored.name, stored.generation + 1)):
+            return None
+        return self.load(stored.name, stored.generation)
+
+    def stamp(self) -> int | None:
+        """Return what is another one as soon as a record changes.
+
+        None while one may be in the making, or where that cannot be told.
+        """
+        return self.pool.stamp(self._grace)
+
     def publish(self, name: str, body: T, *, after: int = 0) -> Stored[T]:
         """Make body the newest record of this name, if `after` is the newest now.
 
@@ -246,7 +264,8 @@ class Store(Generic[T]):
         )
 
     def _generations(self, name: str) -> list[int]:
-        found = _parse_all(self.pool.names())
+        # Of what may be very many only these are taken apart.
+        found = _parse_all([n for n in self.pool.names() if n.startswith(name)])
         return sorted(
             generation for found_name, generation in found if found_name == name
         )

@@ -64,6 +64,10 @@ class Cached:
         return not (self.references or self.is_held or self.origin.pinned)
 
 
+Users = dict[str, list[str]]
+"""The volumes that stand on each volume."""
+
+
 class Shelf:
     """The images of one backend. Safe to share between threads."""
 
@@ -71,6 +75,9 @@ class Shelf:
         self._backend = backend
         self._slots = held
         self._lease = lease
+        self._index: tuple[int | None, Users] = None, {}
+        """What the directory of the records said before they were read, and what they
+        said."""
         self.counters = Counters()
 
     def all(self) -> list[Cached]:
@@ -86,7 +93,9 @@ class Shelf:
         images = [s for s in self._backend.catalog.all() if s.body.image is not None]
         # After the images: a slot is there before they are.
         held = self._slots.all() if images else {}
-        return [each for each in images if self._is_left(each.body, held)]
+        left = [each for each in images if self._is_left(each.body, held)]
+        # A slot's name is used again: what was remembered may be of an earlier life.
+        return [each for each in left if self._is_left(each.body, self._slot_of(each))]
 
     def clear(self, stored: Stored[model.Volume]) -> bool:
         """Remove one leftover; False when something counts on it."""
@@ -121,6 +130,26 @@ class Shelf:
                 count, total, free = count - 1, total - size, free + size
                 yield each
 
+    def is_used(self, name: str) -> bool:
+        """Tell whether something counts on an image, or it is pinned.
+
+        For who asks often. An index says which record is to be read, and "yes" is what
+        that record says now. "No" is as old as the question where nothing changed for
+        `record_grace`; else all records are listed for it. Who drops an image looks at
+        all records in any case. Raises ImageGone, RecordError.
+        """
+        stored = self._backend.catalog.find(name)
+        if stored is None or not keeping.is_image(stored.body):
+            raise errors.ImageGone(host=self._backend.host.name, image=name)
+        if not Cached(stored.body, ()).is_idle:
+            return True
+        stamp, users = self._index
+        if self._is_stood_upon(name, users):
+            return True
+        if stamp is not None and stamp == self._backend.catalog.stamp():
+            return False
+        return self._is_stood_upon(name, self._indexed())
+
     def drop(self, wanted: list[Cached]) -> list[Cached]:
         """Drop what is idle of these; return what was.
 
@@ -144,16 +173,35 @@ class Shelf:
     # Private
 
     def _cached(self, records: Iterable[Stored[model.Volume]]) -> list[Cached]:
-        images: list[model.Volume] = []
-        users: dict[str, list[str]] = collections.defaultdict(list)
-        for stored in records:
-            volume = stored.body
-            if volume.image is not None and keeping.is_image(volume):
-                images.append(volume)
-            for below in {volume.backing, volume.parent} - {None}:
-                users[str(below)].append(volume.name)
-        found = [Cached(each, tuple(users[each.name])) for each in images]
+        volumes = [stored.body for stored in records]
+        users = _users(volumes)
+        found = [
+            Cached(each, tuple(users.get(each.name, ())))
+            for each in volumes
+            if each.image is not None and keeping.is_image(each)
+        ]
         return sorted(found, key=lambda each: each.origin.used)
+
+    def _indexed(self) -> Users:
+        """Read what changed since the index was made, and make it anew."""
+        # First: what changes meanwhile is looked at the next time.
+        stamp = self._backend.catalog.stamp()
+        users = _users(s.body for s in self._backend.catalog.all(strict=True))
+        self._index = stamp, users
+        return users
+
+    def _is_stood_upon(self, name: str, users: Users) -> bool:
+        """Tell whether one of those that an index names stands on an image now."""
+        for user in users.get(name, ()):
+            found = self._backend.catalog.find(user)
+            if found is not None and name in _below(found.body):
+                return True
+        return False
+
+    def _slot_of(self, stored: Stored[model.Volume]) -> dict[str, Stored[model.Slot]]:
+        assert stored.body.image is not None
+        found = self._slots.find(stored.body.image.key)
+        return {stored.body.image.key: found} if found is not None else {}
 
     def _is_left(
         self, volume: model.Volume, held: dict[str, Stored[model.Slot]]
@@ -195,3 +243,19 @@ class Shelf:
                 stored.name,
             )
         return True
+
+
+# Private
+
+
+def _below(volume: model.Volume) -> set[str]:
+    """Return what a volume stands on, or shares blocks with."""
+    return {each for each in (volume.backing, volume.parent) if each is not None}
+
+
+def _users(volumes: Iterable[model.Volume]) -> Users:
+    users: Users = collections.defaultdict(list)
+    for volume in volumes:
+        for below in _below(volume):
+            users[below].append(volume.name)
+    return users

@@ -61,7 +61,7 @@ class Slots:
     def find(self, key: str) -> record.Stored[model.Slot] | None:
         # One that was torn when it was made first is made again.
         with contextlib.suppress(errors.RecordBroken):
-            return self._store.find(PREFIX + key)
+            return self._catalog.find(PREFIX + key)
         return None
 
     def claim(
@@ -115,6 +115,8 @@ class Slots:
         known = volumes() if slots else ()
         over = [s for s in slots.values() if s.body.volume not in known]
         gone = [stored for stored in over if self._is_old(stored, lease)]
+        # A name is used again: what was remembered may be of an earlier life.
+        gone = [stored for stored in gone if self.find(stored.body.key) == stored]
         for stored in gone:
             self._store.remove(stored.name, until=stored.generation)
             LOG.info("slot=%s removed: %s", stored.body.key, stored.body.source)

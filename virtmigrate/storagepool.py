@@ -39,6 +39,9 @@ _NONCE_AGE = 3600.0
 _WIPE_RATE = 8 * MiB
 """Bytes per second that the slowest storage zeroes."""
 
+_TICK = 2.0
+"""Seconds that a file system's clock may stand still."""
+
 Ownership = poolxml.Ownership
 
 
@@ -170,7 +173,28 @@ class Pool(poolcalls.PoolCalls):
 
     def has(self, name: str) -> bool:
         """Tell whether the volume exists, after a refresh."""
+        near = self._near()
+        if near is not None:
+            with contextlib.suppress(OSError):
+                return near.has(name)
         return name in self.names()
+
+    def stamp(self, quiet: float) -> int | None:
+        """Return what is another one as soon as a volume comes or goes.
+
+        Arguments:
+            quiet: seconds for which none did.
+
+        Returns None where one did, or where only libvirt can tell.
+        """
+        near = self._near()
+        if near is not None:
+            with contextlib.suppress(OSError):
+                changed = near.changed()
+                # In the same tick of its clock more may come, and would not show.
+                age = time.time() - changed / 1e9
+                return changed if age > max(quiet, _TICK) else None
+        return None
 
     def create_raw(self, name: str, size: int) -> None:
         """Create a raw volume of size bytes, all zeros, exclusively.

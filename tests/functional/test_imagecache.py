@@ -2,6 +2,7 @@
 """The image cache, on each kind of backend: fetched once, never missing, dropped."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -28,6 +29,7 @@ from sandbox.ceph import Ceph
 from tests.functional import places
 from tests.functional.sides import Side
 from virtmigrate import (
+    conf,
     consistency,
     door,
     errors,
@@ -36,6 +38,7 @@ from virtmigrate import (
     imagecache,
     manifest,
     model,
+    node,
     reading,
     record,
     slots,
@@ -712,6 +715,128 @@ def test_killed_while_it_drops(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     place.cache.sweep()
     place.expect_nothing()
     place.cache.obtain(place.source())
+
+
+# The index
+
+
+@pytest.fixture
+def elsewhere(place: Place) -> Iterator[Place]:
+    """The same place as another process has it."""
+    here = node.Node(conf.load(place.side.config))
+    made = copy.copy(place)
+    made.here = here
+    made.backend = here.backends[place.backend.name]
+    made.cache = imagecache.Caches(here).of(made.backend)
+    yield made
+    here.close()
+
+
+@pytest.fixture
+def listed(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of pools of records whose volumes were listed."""
+    found: list[str] = []
+    kind = type(place.backend.volumes.pool)
+    real = kind.names
+
+    def names(self: Any) -> list[str]:
+        found.append(self.name)
+        return real(self)
+
+    monkeypatch.setattr(kind, "names", names)
+    return found
+
+
+def test_a_look_up_lists_nothing(place: Place, listed: list[str]) -> None:
+    image = place.cache.obtain(place.source())
+    place.cache.obtain(place.source())
+    del listed[:]
+    assert place.cache.obtain(place.source()) == image
+    assert listed == []
+
+
+def test_a_look_up_is_what_stands_there_now(place: Place, elsewhere: Place) -> None:
+    """Another process pinned it, dropped it, and fetched it again."""
+    image = place.cache.obtain(place.source())
+    (cached,) = elsewhere.cache.shelf.all()
+    elsewhere.cache.pin(cached, pinned=True)
+    found = place.cache.obtain(place.source())
+    assert found.image is not None and found.image.pinned
+    elsewhere.cache.pin(cached, pinned=False)
+    elsewhere.cache.remove(cached)
+    with pytest.raises(errors.ImageGone):
+        place.cache.shelf.is_used(image.name)
+    again = elsewhere.cache.obtain(place.source())
+    assert place.cache.obtain(place.source()) == again != image
+
+
+def test_what_is_used_is_what_records_say_now(place: Place, elsewhere: Place) -> None:
+    image = place.cache.obtain(place.source())
+    assert not place.cache.shelf.is_used(image.name)
+    hold = model.Hold(operation=OPERATION, until=time.time() + 600)
+    assert image.digest is not None
+    wanted = keeping.Image(image.digest.root, image.format, image.size)
+    elsewhere.backend.images.hold(wanted, hold)
+    assert place.cache.shelf.is_used(image.name)
+    elsewhere.backend.images.release(OPERATION)
+    assert not place.cache.shelf.is_used(image.name)
+    made = msgspec.structs.replace(place.volume(image), parent=image.name)
+    elsewhere.backend.update(made)
+    assert place.cache.shelf.is_used(image.name)
+    elsewhere.backend.remove(made.name)
+    assert not place.cache.shelf.is_used(image.name)
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_what_is_used_lists_nothing(
+    place: Place, elsewhere: Place, listed: list[str]
+) -> None:
+    """A volume that stands on it is named by the index, and its record is read."""
+    image = place.cache.obtain(place.source())
+    made = msgspec.structs.replace(place.volume(image), parent=image.name)
+    elsewhere.backend.update(made)
+    assert place.cache.shelf.is_used(image.name)
+    del listed[:]
+    assert place.cache.shelf.is_used(image.name) and listed == []
+    elsewhere.backend.remove(made.name)
+    time.sleep(2.5)
+    assert not place.cache.shelf.is_used(image.name)
+    del listed[:]
+    assert not place.cache.shelf.is_used(image.name) and listed == []
+
+
+def test_an_index_drops_nothing(place: Place, elsewhere: Place) -> None:
+    """What it does not know of is seen before an image goes."""
+    image = place.cache.obtain(place.source())
+    assert not place.cache.shelf.is_used(image.name)
+    (cached,) = place.cache.shelf.all()
+    made = msgspec.structs.replace(place.volume(image), parent=image.name)
+    elsewhere.backend.update(made)
+    place.backend.images.change_origin(image.name, used=1.0)
+    limited(place, age=1)
+    assert place.cache.shelf.drop([cached]) == place.cache.prune() == []
+    elsewhere.backend.remove(made.name)
+    assert [each.volume.name for each in place.cache.prune()] == [image.name]
+
+
+@pytest.mark.parametrize("look", ["sweep", "leftovers"])
+def test_a_slot_in_its_second_life(place: Place, elsewhere: Place, look: str) -> None:
+    """It has as many generations as the one that was remembered."""
+    key = slots.key_of(place.source().origin, place.source().described())
+    held = place.cache._slots
+    first = held.claim(key, "x", None, "h")
+    assert first is not None
+    first.fill("gone")
+    assert key in held.all()
+    elsewhere.cache._slots.forget(key, "gone")
+    elsewhere.cache._lease = 60.0  # no sign of life, which would be one generation more
+    image = elsewhere.cache.obtain(place.source())
+    time.sleep(0.1)
+    if look == "sweep":
+        assert held.sweep(lambda: {image.name}, 0.001) == 0
+    else:
+        assert place.cache.shelf.leftovers() == []
+    assert place.cache.obtain(place.source()) == image
 
 
 # Limits

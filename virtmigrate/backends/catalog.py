@@ -41,6 +41,26 @@ class Catalog(Generic[T]):
             if stored is not None:
                 yield stored
 
+    def find(self, name: str) -> record.Stored[T] | None:
+        """Return the newest valid record of a name, None without one.
+
+        What is remembered says where to look, and is not believed: that one record is
+        read. Raises as Store.find().
+        """
+        with self._lock:
+            known = self._known.get(name)
+        found = self._store.still(known) if known is not None else None
+        if found is None:
+            found = self._store.find(name)
+        if found is not None:
+            with self._lock:
+                self._known[name] = found
+        return found
+
+    def stamp(self) -> int | None:
+        """Return what is another one as soon as a record changes; None: unknown."""
+        return self._store.stamp()
+
     # Private
 
     def _stored(

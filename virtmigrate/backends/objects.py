@@ -242,6 +242,14 @@ class RecordPool(_ClusterPool):
         with self.cluster.translated("listing records"):
             return self.cluster.keys(NAMESPACE, INDEX)
 
+    def has(self, name: str) -> bool:
+        if not _is_record(name):
+            return super().has(name)
+        with contextlib.suppress(errors.VolumeNotFound):
+            self._value(name)
+            return True
+        return False
+
     def create_raw(self, name: str, size: int) -> None:
         with self.cluster.translated(f"creating {name}", name):
             if _is_record(name):
