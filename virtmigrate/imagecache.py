@@ -23,6 +23,7 @@ from virtmigrate import (
     door,
     errors,
     fetching,
+    limit,
     model,
     node,
     shelf,
@@ -33,6 +34,7 @@ from virtmigrate import (
 from virtmigrate.backends import base, keeping
 from virtmigrate.progress import Progress
 from virtmigrate.record import Stored
+from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
 
@@ -89,6 +91,10 @@ class ImageCache:
                 LOG.warning("image=%s: another one fetches it now", source.origin)
                 continue
             return image
+
+    def has(self, key: str) -> bool:
+        """Tell whether the image of a key is there now."""
+        return self._published(self._slots.find(key)) is not None
 
     def clone(
         self,
@@ -234,6 +240,7 @@ class Caches:
         self._caches = {
             name: ImageCache(here, backend) for name, backend in here.backends.items()
         }
+        self._pace = limit.Limiter(here.options.image_seed_bandwidth_mib * MiB)
 
     def of(self, backend: base.Backend) -> ImageCache:
         return self._caches[backend.name]
@@ -268,11 +275,23 @@ class Caches:
     def seed(
         self, source: sources.Source, progress: Callable[[], Progress] = Progress
     ) -> bool:
-        """Have an image in all backends, one after the other; False where it was."""
-        before = sum(cache.counters.misses for cache in self.up())
-        for cache in self.up():
-            cache.obtain(source, progress())
-        return sum(cache.counters.misses for cache in self.up()) > before
+        """Have an image in all backends, one after the other; False where it was.
+
+        Within the limits of what is fetched before it is needed. Raises as
+        ImageCache.obtain(), HostBusy when no turn came in time.
+        """
+        key = slots.key_of(source.origin, source.described())
+        missing = [cache for cache in self.up() if not cache.has(key)]
+        if not missing:
+            return False
+        options, told = self._here.options, progress()
+        told.phase("waiting for the turn")
+        with self._here.locks.slot(
+            "image-seed", options.image_seed_max, options.queue_timeout, told.check
+        ):
+            for cache in missing:
+                cache.obtain(sources.Limited(source, self._pace), told)
+        return True
 
     def tend(self) -> list[str]:
         """Drop what the limits want dropped, and what killed fetchers left.

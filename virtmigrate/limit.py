@@ -26,7 +26,7 @@ LOOK = 0.1
 SHORT = 0.001
 """Seconds that nobody waits for: the debt stays, and a later chunk pays it."""
 
-Check = Callable[[], None]
+Check = Callable[[], object]
 
 
 class Clock(Protocol):

@@ -600,6 +600,44 @@ def test_a_volume_whose_maker_did_not_hear_of_it(
     assert not place.backend.incoming.has(made.name)
 
 
+# Fetched before they are needed
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_seeding_is_held_back(place: Place) -> None:
+    place.side.configure(image_seed_bandwidth_mib=4)
+    caches, shown = place.side.driver.images, []
+    began = time.monotonic()
+    told = Progress(lambda report: shown.append(report.phase), interval=0)
+    assert caches.seed(place.source(), lambda: told)
+    # Once for each of two backends; a limiter lets nothing go before its time.
+    assert time.monotonic() - began > 2 * SIZE / (4 * MiB) - 0.2
+    assert {"waiting for the turn", "fetching", "filling"} <= set(shown)
+    assert not caches.seed(place.source())
+    for cache in caches.up():
+        for cached in cache.shelf.all():
+            cache.remove(cached)
+
+
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_seeds_take_turns(place: Place) -> None:
+    """And what an instance needs does not wait for them."""
+    place.side.configure(image_seed_max=1, queue_timeout=1)
+    caches, first = place.side.driver.images, place.source(delay=30)
+    progress, there = Progress(), Counted(other(place))
+    with ThreadPoolExecutor(1) as pool:
+        seeding = pool.submit(caches.seed, first, lambda: progress)
+        assert first.begun.wait(30)
+        with pytest.raises(errors.HostBusy, match="image-seed"):
+            caches.seed(there)
+        place.cache.obtain(there)
+        progress.cancel()
+        with pytest.raises(errors.Cancelled):
+            seeding.result(60)
+    # What is there needs no turn.
+    assert there.reads == 1
+
+
 # Counted on
 
 

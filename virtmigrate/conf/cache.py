@@ -27,6 +27,22 @@ cache_opts = [
         "life, and does not advance. More than image_convert_timeout and "
         "image_retry_timeout: a conversion does not tell how far it is.",
     ),
+    cfg.IntOpt(
+        "image_seed_bandwidth_mib",
+        default=0,
+        min=0,
+        help="MiB per second that one process reads of images that are fetched before "
+        "they are needed (`cache_image`), all together; 0: no limit. What an instance "
+        "needs at once is not held back, unless it waits for such a fetch.",
+    ),
+    cfg.IntOpt(
+        "image_seed_max",
+        default=1,
+        min=1,
+        max=64,
+        help="Images that this host fetches at once before they are needed; others "
+        "wait, for queue_timeout at most.",
+    ),
 ]
 
 # oslo.config registers these once per backend, in the backend's group.
