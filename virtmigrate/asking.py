@@ -16,7 +16,7 @@ import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import errors, manifest, request, storagepool, wire
-from virtmigrate.request import Answer, Request, State
+from virtmigrate.request import Answer, Request, State, Verb
 
 LOG = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Asker:
                 volume=asked.request.volume,
                 reason="it answered without a manifest",
             )
-        if answer.digest is None:
+        if answer.digest is None or asked.request.verb is Verb.HOLD:
             return answer, None
         data = self._read(asked.answer, request.HEAD + length)
         try:

@@ -22,6 +22,9 @@ Check = Callable[[], object]
 LEASE = 86400.0
 """Seconds that the peer keeps an image for us."""
 
+LOAN = 3600.0
+"""Seconds that it keeps one while we copy it; if it goes, there is its source."""
+
 
 class Assistance:
     """Help with one operation. Safe to share between threads."""
@@ -56,9 +59,20 @@ class Assistance:
         volumes = tuple(_standing_on(volume, names) for volume in transfer.volumes)
         return msgspec.structs.replace(transfer, volumes=volumes)
 
-    def release(self) -> None:
-        """Give up what the peer holds; a lease ends by itself."""
-        self._try(Request(verb=Verb.RELEASE), "what it holds expires")
+    def find(self, key: str, backend: str, check: Check) -> Answer | None:
+        """Let the peer hold the image of a key; None where it has none."""
+        wanted = Request(verb=Verb.HOLD, root=key, lease=LOAN, backend=backend)
+        answer = self._try(wanted, "the image is not taken from there", check)
+        return answer[0] if answer else None
+
+    def release(self, backend: str = "") -> None:
+        """Give up what the peer holds; a lease ends by itself.
+
+        Arguments:
+            backend: where, besides those of the transfer's volumes.
+        """
+        wanted = Request(verb=Verb.RELEASE, backend=backend)
+        self._try(wanted, "what it holds expires")
 
     def reuse(
         self, volume: str, size: int, check: Check = lambda: None

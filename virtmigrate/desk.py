@@ -115,7 +115,7 @@ class Job:
             name=outcome.name,
             size=outcome.size,
             durable=outcome.durable,
-            digest=found.digest() if found is not None else None,
+            digest=found.digest() if found is not None else outcome.digest,
         )
 
     def failed(self, reason: str) -> Answer:

@@ -19,6 +19,7 @@ from oslo_log import log as logging
 
 from virtmigrate import (
     card,
+    door,
     errors,
     manifest,
     model,
@@ -86,6 +87,8 @@ class Outcome:
     """What is proven of the volume."""
     name: str = ""
     size: int = 0
+    digest: model.Digest | None = None
+    """Of what is named, where nothing of it was read."""
     durable: bool = False
     after: Callable[[], object] | None = None
     """What is left to do once the answer is written."""
@@ -208,17 +211,20 @@ class Errands:
         wanted, backend = errand.request, errand.backend
         until = time.time() + min(wanted.lease, request.LEASE_LIMIT)
         hold = model.Hold(operation=wanted.operation, until=until)
-        name = None
-        if wanted.root and wanted.format is not None:
+        if wanted.format is None:
+            image = backend.images.known_as(wanted.root, door.RULES)
+        else:
             image = keeping.Image(wanted.root, wanted.format, wanted.size)
-            name = backend.images.hold(image, hold)
-        if name is None or not _PLAIN.fullmatch(name):
+        name = backend.images.hold(image, hold) if image and image.root else None
+        if image is None or name is None or not _PLAIN.fullmatch(name):
             # A name that is not plain fits in no answer.
             raise Refused("there is no such image")
-        return Outcome(name=name)
+        digest = backend.volumes.read(name).body.digest
+        return Outcome(name=name, size=image.size, digest=digest)
 
     def _release(self, errand: _Errand) -> Outcome:
-        for name in sorted({volume.backend for volume in errand.transfer.volumes}):
+        names = {volume.backend for volume in errand.transfer.volumes}
+        for name in sorted({*names, errand.request.backend} - {""}):
             images = self._backend(name).images
             images.release(errand.request.operation, errand.request.root)
         return Outcome()

@@ -5,10 +5,7 @@ What lies in staging has passed nothing yet, and is read by the door alone.
 """
 
 import contextlib
-import errno
 import hashlib
-import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,10 +20,12 @@ from virtmigrate import (
     filling,
     manifest,
     model,
+    neighbours,
     node,
     reading,
     slots,
     sources,
+    staging,
 )
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
@@ -42,15 +41,19 @@ _PLAIN = ("raw", "iso")
 
 _EXCERPT = 2 * MiB
 
-_OPERATION = re.compile(r"[0-9a-f]{16}")
-
 
 class Fetcher:
     """Fills one slot of a backend."""
 
-    def __init__(self, here: node.Node, backend: base.Backend) -> None:
+    def __init__(
+        self,
+        here: node.Node,
+        backend: base.Backend,
+        near: neighbours.Neighbours,
+    ) -> None:
         self._here = here
         self._backend = backend
+        self._neighbours = near
         self._limits = door.Limits.configured(here.conf)
 
     def fetch(
@@ -69,9 +72,9 @@ class Fetcher:
             progress.check()
             claim.demand()
 
-        with staging(self._here, claim.operation) as place, Rollback() as undo:
+        with staging.opened(self._here, claim.operation) as place, Rollback() as undo:
             work = _Work(claim, source, described, place, undo, progress, check)
-            image = self._shared(work) or self._brought(work)
+            image = self._shared(work) or self._near(work) or self._brought(work)
             claim.fill(image.name)
             undo.commit()
             return image
@@ -93,6 +96,72 @@ class Fetcher:
         filler.reserve(volume, work.undo)
         if not self._backend.share(described.locations, volume):
             return None
+        return filler.proven(volume, self._reviewed(volume, size, checksum, work))
+
+    def _near(self, work: "_Work") -> model.Volume | None:
+        """Return the image, if it comes from a peer's cache.
+
+        Whatever fails there is a warning, and its source is asked. Only what has a
+        strong checksum has the same key on two hosts, and is the same.
+        """
+        checksum = work.described.checksum
+        if checksum is None or checksum.is_weak:
+            return None
+        claim = work.claim
+        with self._neighbours.holding(claim.key, claim.operation, work.check) as found:
+            if found is None or not self._is_fit(found.source.size, work.described):
+                return None
+            try:
+                return self._copied(found, checksum, work)
+            except errors.Error as e:
+                LOG.warning("image=%s not from %s: %s", claim.key, found.peer, e)
+                return None
+
+    def _is_fit(self, size: int, described: sources.Described) -> bool:
+        """Tell whether a volume of a peer has the size that it would have here."""
+        is_plain = described.format in _PLAIN
+        length = described.size if is_plain else described.virtual_size
+        expected = filling.aligned(self._backend, length or size)
+        return size == expected and size <= filling.aligned(
+            self._backend, self._limits.max_size
+        )
+
+    def _copied(
+        self, found: neighbours.Found, checksum: sources.Checksum, work: "_Work"
+    ) -> model.Volume:
+        """Copy an image from a peer; on failure nothing of it stays."""
+        described, size = work.described, found.source.size
+        volume = self._volume(work, f"{checksum.algorithm}:{checksum.hex}", size)
+        filler = filling.Filler(self._here, self._backend)
+        with Rollback() as undo:
+            work.progress.phase(f"copying from {found.peer}", size)
+            copied = filler.copied(volume, found.source, undo, work.progress)
+            if copied.root() != found.root:
+                raise errors.VerificationFailed(
+                    volume=volume.name,
+                    host=found.peer,
+                    found=copied.root(),
+                    expected=found.root,
+                )
+            if described.format in _PLAIN and described.size:
+                self._reviewed(volume, described.size, checksum, work)
+            image = filler.proven(volume, copied)
+            undo.commit()
+        work.undo.add(f"remove {image.name}", lambda: self._backend.remove(image.name))
+        LOG.info("image=%s came from peer=%s", work.source.origin, found.peer)
+        return image
+
+    def _reviewed(
+        self,
+        volume: model.Volume,
+        size: int,
+        checksum: sources.Checksum,
+        work: "_Work",
+    ) -> manifest.Manifest:
+        """Read a raw image where it lies; return its manifest.
+
+        Raises ImageRefused unless it is what was promised, and passes the door.
+        """
         work.progress.phase("reading where it is stored", volume.size)
         excerpt = work.place / "excerpt"
         with self._backend.arrived(volume.name) as arrived:
@@ -103,8 +172,8 @@ class Fetcher:
                 reason=f"its {checksum.algorithm} is {read}, and {checksum.hex} is "
                 "promised",
             )
-        door.inspect(excerpt, described.format, self._limits, work.check)
-        return filler.proven(volume, found)
+        door.inspect(excerpt, work.described.format, self._limits, work.check)
+        return found
 
     def _brought(self, work: "_Work") -> model.Volume:
         """Download the image, have it checked, and fill it in."""
@@ -145,8 +214,8 @@ class Fetcher:
     ) -> str:
         """Write what the source gives to a file with holes; return its checksum."""
         progress.phase("fetching", described.size or 0)
-        with _staged(self._here), path.open("xb") as file:
-            _demand_room(path.parent, described.size or 0, self._here.name)
+        with staging.explained(self._here), path.open("xb") as file:
+            staging.demand_room(path.parent, described.size or 0, self._here.name)
 
             def write(data: bytes) -> None:
                 if any(data):
@@ -207,22 +276,6 @@ class _Work:
     check: Callable[[], None]
 
 
-@contextlib.contextmanager
-def staging(here: node.Node, operation: str) -> Iterator[Path]:
-    """Yield a directory of this host for what is fetched; it goes in the end.
-
-    Raises StorageError where it cannot be made.
-    """
-    place = directory(here) / operation
-    with here.locks.only(f"staging-{operation}"):
-        with _staged(here):
-            place.mkdir(parents=True, mode=0o700)
-        try:
-            yield place
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-
-
 def recheck(
     here: node.Node, backend: base.Backend, image: model.Volume, progress: Progress
 ) -> str:
@@ -239,7 +292,7 @@ def recheck(
         # What was converted is a guest's own, whatever it looks like.
         return ""
     progress.phase("checking at the door")
-    with staging(here, uuid.uuid4().hex[:16]) as place:
+    with staging.opened(here, uuid.uuid4().hex[:16]) as place:
         with _read(here, image):
             _copied(here, backend.source(image, image.size), place / "image")
         try:
@@ -249,22 +302,6 @@ def recheck(
         except errors.ImageRefused as e:
             return str(e)
     return ""
-
-
-def sweep_staging(here: node.Node) -> None:
-    """Remove what killed fetchers of this host left."""
-    root = directory(here)
-    for place in root.iterdir() if root.is_dir() else ():
-        if _OPERATION.fullmatch(place.name):
-            with here.locks.only(f"staging-{place.name}") as is_idle:
-                if is_idle:
-                    shutil.rmtree(place, ignore_errors=True)
-
-
-def directory(here: node.Node) -> Path:
-    """Return where images are staged."""
-    options = here.options
-    return Path(options.image_staging_path or f"{options.state_path}/staging")
 
 
 # Private
@@ -304,33 +341,17 @@ def reviewed(
 
 def _copied(here: node.Node, source: reading.Source, path: Path) -> None:
     with source, contextlib.ExitStack() as stack:
-        with _staged(here):
+        with staging.explained(here):
             file = stack.enter_context(path.open("xb"))
         for start in range(0, source.size, MiB):
             data = source.read(start, min(start + MiB, source.size))
-            with _staged(here):
+            with staging.explained(here):
                 if data:
                     file.seek(start)
                     file.write(data)
                     file.flush()
-        with _staged(here):
+        with staging.explained(here):
             file.truncate(source.size)
-
-
-@contextlib.contextmanager
-def _staged(here: node.Node) -> Iterator[None]:
-    """Say what is wrong with the directory where images are staged."""
-    try:
-        yield
-    except OSError as e:
-        where = {"host": here.name, "pool": str(directory(here))}
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.DiskFull(**where, reason=e.strerror) from e
-        raise errors.StorageError(
-            **where,
-            reason=f"images cannot be staged there: {e.strerror}; image_staging_path "
-            "names that directory",
-        ) from e
 
 
 @contextlib.contextmanager
@@ -344,11 +365,3 @@ def _read(here: node.Node, image: model.Volume) -> Iterator[None]:
             pool=image.pool,
             reason=f"image {image.name} cannot be read: {e.strerror}",
         ) from e
-
-
-def _demand_room(path: Path, size: int, host: str) -> None:
-    free = shutil.disk_usage(path).free
-    if free < size:
-        raise errors.NoSpace(
-            host=host, pool=str(path), wanted=size, free=free, reserved=0
-        )

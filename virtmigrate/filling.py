@@ -55,9 +55,22 @@ class Filler:
         An image's manifest is kept: its bytes never change. Raises
         VerificationFailed, Cancelled.
         """
+        return self.proven(volume, self.copied(volume, source, undo, progress))
+
+    def copied(
+        self,
+        volume: model.Volume,
+        source: reading.Source,
+        undo: Rollback,
+        progress: Progress | None = None,
+    ) -> manifest.Manifest:
+        """Make a raw volume that holds what a source gives, and read it back.
+
+        It is not usable until proven() takes it in. Raises as filled().
+        """
         self.reserve(volume, undo)
         self._backend.allocate(volume)
-        return self.proven(volume, self._copy(volume, source, progress))
+        return self._copy(volume, source, progress)
 
     def proven(self, volume: model.Volume, found: manifest.Manifest) -> model.Volume:
         """Take in a volume whose bytes are known by now."""

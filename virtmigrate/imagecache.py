@@ -25,10 +25,12 @@ from virtmigrate import (
     fetching,
     limit,
     model,
+    neighbours,
     node,
     shelf,
     slots,
     sources,
+    staging,
     stream,
 )
 from virtmigrate.backends import base, keeping
@@ -165,7 +167,7 @@ class ImageCache:
 
     def sweep(self) -> None:
         """Remove all leftovers, what lies in staging without a fetcher, old slots."""
-        fetching.sweep_staging(self._here)
+        staging.sweep(self._here)
         for stored in self.shelf.leftovers():
             self.shelf.clear(stored)
         self._slots.sweep(self._backend.volumes.newest, self._lease)
@@ -225,7 +227,8 @@ class ImageCache:
     ) -> model.Volume:
         with claim.beating(self._lease, progress):
             self._clear_others(claim)
-            fetcher = fetching.Fetcher(self._here, self._backend)
+            near = neighbours.Neighbours(self._here)
+            fetcher = fetching.Fetcher(self._here, self._backend, near)
             image = fetcher.fetch(claim, source, described, progress)
         self.counters.fetched += image.size
         LOG.info("image=%s is volume=%s now", source.origin, image.name)

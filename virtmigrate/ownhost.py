@@ -85,7 +85,7 @@ class _Alone(assistance.Assistance):
     ) -> model.Transfer:
         return assistance.without_holds(transfer)
 
-    def release(self) -> None:
+    def release(self, backend: str = "") -> None:
         """Nothing: nothing is held."""
 
     def reuse(

@@ -37,7 +37,7 @@ from virtmigrate.host import Host
 from virtmigrate.known import Known
 from virtmigrate.manifest import Manifest
 from virtmigrate.model import Proof, TransferState
-from virtmigrate.request import Request, Verb
+from virtmigrate.request import Answer, Request, Verb
 
 LOG = logging.getLogger(__name__)
 
@@ -246,9 +246,19 @@ class Peer:
         """Let the peer's own driver give the instance back; raises as finish()."""
         self._help(operation).give_back()
 
-    def release(self, operation: str) -> None:
+    def find_image(
+        self, operation: str, key: str, backend: str, check: assistance.Check
+    ) -> Answer | None:
+        """Have the peer hold the image of a key for the operation; None without one."""
+        return self._help(operation).find(key, backend, check)
+
+    def image(self, card: model.BackendCard, name: str, size: int) -> reading.Source:
+        """Return an image that the peer holds, to read it."""
+        return reading.VolumeSource(self._pool(card.disks), name, size)
+
+    def release(self, operation: str, backend: str = "") -> None:
         """Give up what the peer holds for the operation; a lease ends by itself."""
-        self._help(operation).release()
+        self._help(operation).release(backend)
 
     def remove(self, card: model.BackendCard, name: str) -> None:
         """Remove an incoming volume of ours that a move needs no more."""

@@ -110,17 +110,18 @@ class Request(model.Struct, frozen=True):
     piece: Name = ""
     """IMPORT: the file that holds it, from its beginning."""
     format: DiskFormat | None = None
-    """HOLD: the image's. It stands on no other."""
+    """HOLD: the image's. It stands on no other. None where it is named by its key."""
     sample: Size = 0
     """VERIFY: how many blocks to read; 0 means all."""
     seed: Hex = ""
     """VERIFY: draws the blocks, so that the peer could not know them before."""
     root: Hex = ""
-    """HOLD: of the image's manifest; RELEASE: likewise, empty for all images."""
+    """HOLD: of the image's manifest, or without a format its key; RELEASE: of its
+    manifest, empty for all images."""
     lease: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """HOLD: seconds."""
     backend: Name = ""
-    """HOLD, RECLAIM: which of the peer's."""
+    """HOLD, RELEASE, RECLAIM: which of the peer's."""
 
 
 class Answer(model.Struct, frozen=True):
@@ -137,11 +138,11 @@ class Answer(model.Struct, frozen=True):
     name: Name = ""
     """HOLD: the image's volume."""
     size: int = 0
-    """RECLAIM: bytes that were freed."""
+    """RECLAIM: bytes that were freed; HOLD: that a guest sees of the image."""
     durable: bool = False
     """VERIFY: the volume was fsynced before it was read."""
     digest: model.Digest | None = None
-    """Vouches for the digests behind the head."""
+    """Vouches for the digests behind the head; HOLD: of the image."""
 
 
 def piece_name(volume: str, number: int) -> str:

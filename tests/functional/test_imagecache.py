@@ -33,7 +33,6 @@ from virtmigrate import (
     consistency,
     door,
     errors,
-    fetching,
     filling,
     imagecache,
     manifest,
@@ -43,6 +42,7 @@ from virtmigrate import (
     record,
     slots,
     sources,
+    staging,
     storagepool,
     stream,
     xml,
@@ -166,7 +166,7 @@ class Place:
 
     def expect_nothing(self) -> None:
         assert self.images() == [] and self.backend.volumes.names() == []
-        staged = fetching.directory(self.here)
+        staged = staging.directory(self.here)
         assert not staged.exists() or not list(staged.iterdir())
 
 
@@ -209,7 +209,7 @@ def other(place: Place) -> Path:
 @contextlib.contextmanager
 def full_staging(place: Place) -> Iterator[None]:
     """Have a disk for staging that is too small for any image."""
-    staged = fetching.directory(place.here)
+    staged = staging.directory(place.here)
     staged.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(staged)]
     subprocess.run(mount, check=True, timeout=30)
@@ -239,7 +239,7 @@ def test_fetched_once_and_recorded(place: Place) -> None:
     assert (origin.source, origin.pinned) == (source.origin, False)
     figures = place.cache.counters
     assert (figures.hits, figures.misses, figures.fetched) == (1, 1, SIZE)
-    assert not list(fetching.directory(place.here).iterdir())
+    assert not list(staging.directory(place.here).iterdir())
     assert place.fresh().obtain(place.source()) == image
 
 
@@ -406,7 +406,7 @@ def test_the_staging_cannot_be_made(place: Place) -> None:
     """The error says where, for a fetch and for a second look."""
     image = place.cache.obtain(place.source())
     (cached,) = place.cache.shelf.all()
-    staged = fetching.directory(place.here)
+    staged = staging.directory(place.here)
     staged.rmdir()
     staged.write_text("no directory")
     try:
@@ -495,13 +495,13 @@ def test_killed_and_taken_over(place: Place, when: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"there\n"
         process.send_signal(signal.SIGKILL)
-    staged = list(fetching.directory(place.here).iterdir())
+    staged = list(staging.directory(place.here).iterdir())
     assert len(staged) == 1
     image = place.cache.obtain(place.source())
     assert place.root(image) == told(content())
     place.cache.sweep()
     assert place.images() == [image.name]
-    assert not list(fetching.directory(place.here).iterdir())
+    assert not list(staging.directory(place.here).iterdir())
 
 
 def test_a_sign_of_life_that_was_written_all_the_same(

@@ -94,6 +94,20 @@ class Images:
         self._store = store
         self._volumes = volumes
 
+    def known_as(self, key: str, rules: int) -> Image | None:
+        """Return what the image of a key is, None without one.
+
+        Arguments:
+            rules: the version of the rules that it was checked by, at least.
+        """
+        for stored in self._volumes.all():
+            body = stored.body
+            if body.image is None or body.digest is None or not is_image(body):
+                continue
+            if body.image.key == key and body.image.rules >= rules:
+                return Image(body.digest.root, body.format, body.size)
+        return None
+
     def hold(self, wanted: Image, hold: model.Hold) -> str | None:
         """Add or renew a lease on an image; None where it is not.
 

@@ -27,6 +27,15 @@ cache_opts = [
         "life, and does not advance. More than image_convert_timeout and "
         "image_retry_timeout: a conversion does not tell how far it is.",
     ),
+    cfg.ListOpt(
+        "image_peers",
+        default=[],
+        help="Peers whose image caches are asked before an image's source, in this "
+        "order, by the names that peer_uri takes; for images that have a strong "
+        "digest. They run the same release with a receiver, and transfer_uri shows "
+        "their pools of disks. Of an image that was converted they are believed that "
+        "it is what its source gave: name only hosts that are trusted as this one is.",
+    ),
     cfg.IntOpt(
         "image_seed_bandwidth_mib",
         default=0,
