@@ -167,7 +167,8 @@ class FileLocks:
 class HostLocks:
     """Locks of this host: an instance, a place among few, what only one process does.
 
-    Safe to share between threads.
+    Safe to share between threads. Each raises LockFileFailed where the directory takes
+    no files: nothing is held then.
 
     Arguments:
         directory: the same for all processes that drive this host.
@@ -176,6 +177,7 @@ class HostLocks:
     """
 
     def __init__(self, directory: Path, host: str, timeout: float) -> None:
+        self._directory = directory
         self._files = FileLocks(directory)
         self._host = host
         self._timeout = timeout
@@ -183,7 +185,7 @@ class HostLocks:
     @contextlib.contextmanager
     def instance(self, uuid: str) -> Iterator[None]:
         """Hold an instance; InstanceBusy when another operation keeps it too long."""
-        grip = self._retrying()(self._files.take, f"instance-{uuid}")
+        grip = self._retrying()(self._take, f"instance-{uuid}")
         if grip is None:
             raise errors.InstanceBusy(
                 instance=uuid,
@@ -225,7 +227,7 @@ class HostLocks:
     def only(self, name: str) -> Iterator[bool]:
         """Be the only one of this host that does `name`; yield False where another
         one does, without waiting."""
-        grip = self._files.take(name)
+        grip = self._take(name)
         try:
             yield grip is not None
         finally:
@@ -234,9 +236,17 @@ class HostLocks:
 
     # Private
 
+    def _take(self, name: str) -> Grip | None:
+        try:
+            return self._files.take(name)
+        except OSError as e:
+            raise errors.LockFileFailed(
+                host=self._host, name=name, path=self._directory, reason=e
+            ) from e
+
     def _take_any(self, names: list[str]) -> Grip | None:
         for name in names:
-            if (grip := self._files.take(name)) is not None:
+            if (grip := self._take(name)) is not None:
                 return grip
         return None
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Locks between threads, and between processes that may be killed."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_held_by_another_process(tmp_path: Path, holder: subprocess.Popen[str]) 
     assert UUID in message
     assert "alpha" in message
     assert "0.2 s" in message
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda found: found.instance(UUID),
+        lambda found: found.slot("transfer", 2, SHORT, lambda: None),
+        lambda found: found.only("receiver"),
+    ],
+    ids=["instance", "slot", "only"],
+)
+def test_a_directory_that_takes_no_files(
+    tmp_path: Path,
+    call: Callable[[locks.HostLocks], contextlib.AbstractContextManager[object]],
+) -> None:
+    """A full or read-only file system is said by its path, and what to do."""
+    (tmp_path / "state").write_text("not a directory")
+    found = of(tmp_path / "state" / "locks", SHORT)
+    with (
+        pytest.raises(errors.LockFileFailed, match=r"state/locks.*state_path") as said,
+        call(found),
+    ):
+        pass
+    assert isinstance(said.value.__cause__, OSError)
 
 
 def test_no_waiting(tmp_path: Path, holder: subprocess.Popen[str]) -> None:

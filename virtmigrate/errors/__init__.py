@@ -20,7 +20,7 @@
     │   ├── PoolNotFound, PoolBusy
     │   ├── VolumeNotFound, VolumeExists, VolumeInUse
     │   ├── LockError
-    │   │   └── LockBusy, LockLost
+    │   │   └── LockBusy, LockLost, LockFileFailed
     │   ├── NoSpace
     │   │   └── DiskFull
     │   └── RecordError
@@ -111,6 +111,7 @@ from virtmigrate.errors.storage import JournalBroken as JournalBroken
 from virtmigrate.errors.storage import LayoutRefused as LayoutRefused
 from virtmigrate.errors.storage import LockBusy as LockBusy
 from virtmigrate.errors.storage import LockError as LockError
+from virtmigrate.errors.storage import LockFileFailed as LockFileFailed
 from virtmigrate.errors.storage import LockLost as LockLost
 from virtmigrate.errors.storage import NoBackend as NoBackend
 from virtmigrate.errors.storage import NoSpace as NoSpace

@@ -68,6 +68,14 @@ class LockLost(LockError):
     )
 
 
+class LockFileFailed(LockError):
+    msg = (
+        "host {host}: lock {name} cannot be had in {path}: {reason}. Nothing was done. "
+        "See that state_path has room and is not read-only, and that this user may "
+        "write there; then try again"
+    )
+
+
 class NoSpace(StorageError):
     msg = (
         "host {host}: pool {pool} has room for {free}, but {wanted} are needed "
