@@ -5,16 +5,19 @@ It runs as this process's user, may only read, and never probes: the format of e
 layer, and where the chain ends, is told. Nobody else reaches it: its socket lies in a
 directory of this user, which is gone as soon as all connections are open. It ends with
 the last of them (the kernel closes those of a process that is killed), with the thread
-that started it, or by close(), whichever comes first.
+that started it, or by close(), whichever comes first. The directory is locked while it
+is needed; sweep() removes that of a process that was killed.
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +35,11 @@ LOG = logging.getLogger(__name__)
 PROGRAMS = ("qemu-nbd", "prlimit", "setpriv")
 EXTENTS = "base:allocation"
 """The NBD context that tells data from zeros."""
+
+_PREFIX = "virtmigrate-nbd-"
+"""What the private directories are called."""
+_MAKING = 60.0
+"""Seconds that a process has from making its directory to locking it."""
 
 _STARTING = 30.0
 _ENDING = 10.0
@@ -57,6 +65,17 @@ def lacking() -> list[str]:
     return found
 
 
+def sweep() -> None:
+    """Remove the private directories of processes that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(path) as found:
+            # Anybody may make one of this name there.
+            is_ours = found.st_uid == os.geteuid()
+            if is_ours and time.time() - found.st_mtime > _MAKING:
+                shutil.rmtree(path)
+                LOG.info("%s, which a killed process left, is removed", path)
+
+
 class Server:
     """One process, and the connections to it: each serves one thread at a time.
 
@@ -75,9 +94,8 @@ class Server:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             said = stack.enter_context(tempfile.TemporaryFile())
-            private = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="virtmigrate-nbd-")
-            )
+            private = stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX))
+            stack.enter_context(_locked(Path(private)))
             socket = Path(private, "socket")
             self._process = _start(_argv(self._layers, socket, self._count), said)
             stack.push(self._end_after_errors)
@@ -210,6 +228,17 @@ class Connection:
 
 _ZERO = 2
 """NBD_STATE_ZERO: an extent reads as zeros."""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[os.stat_result]:
+    """Hold a directory, and tell what it is; BlockingIOError while somebody has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _start(argv: Sequence[str], said: IO[bytes]) -> "subprocess.Popen[bytes]":

@@ -22,6 +22,7 @@ from virtmigrate import (
     locks,
     manifest,
     model,
+    nbdserver,
     record,
     snapshottree,
     storagepool,
@@ -165,8 +166,9 @@ class Node:
             return None
 
     def sweep(self) -> list[str]:
-        """Remove what killed processes left in the backends, and look again for those
-        that were down; return what remains."""
+        """Remove what killed processes left on this machine and in the backends, and
+        look again for those that were down; return what remains."""
+        nbdserver.sweep()
         was_down = set(self.down)
         for backend in self.backends.values():
             if backend.name not in self.down or self._ensure(backend):

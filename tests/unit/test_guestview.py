@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +156,54 @@ def test_a_server_that_does_not_answer(
         (pid,) = servers(tmp_path)
         os.kill(pid, signal.SIGSTOP)
         view.read(MiB, 2 * MiB)
+
+
+KILLED = """
+import os, signal, sys
+from virtmigrate import domainxml, nbdserver
+from virtmigrate.formats import DiskFormat
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+nbdserver.Server._connected = die
+layer = domainxml.Layer(domainxml.SourceType.FILE, sys.argv[1], DiskFormat.RAW)
+with nbdserver.Server([layer], 1):
+    pass
+"""
+
+
+def test_what_a_killed_process_left_is_removed(
+    chain: list[Layer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path / "private"
+    argv = [sys.executable, "-c", KILLED, chain[1].source]
+    done = subprocess.run(
+        argv, env={**os.environ, "TMPDIR": str(private)}, timeout=SECONDS
+    )
+    assert done.returncode == -signal.SIGKILL
+    (left,) = private.iterdir()
+    nbdserver.sweep()
+    # It is too young: its process may be about to lock it.
+    assert left.exists()
+    monkeypatch.setattr(nbdserver, "_MAKING", -1)
+    with nbdserver._locked(left):
+        nbdserver.sweep()
+        assert left.exists()
+    nbdserver.sweep()
+    assert not left.exists()
+
+
+def test_what_is_no_directory_of_ours_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbdserver, "_MAKING", -1)
+    private, elsewhere = tmp_path / "private", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    others = [private / "virtmigrate-nbd-link", private / "virtmigrate-nbd-file"]
+    others[0].symlink_to(elsewhere)
+    others[1].touch()
+    nbdserver.sweep()
+    assert all(each.exists() for each in (*others, elsewhere))
+    for each in others:
+        each.unlink()
