@@ -199,6 +199,20 @@ def test_of_one_that_is_off_too(kinds: Kinds) -> None:
     kinds.b.driver.destroy(None, instance, None)
 
 
+def test_a_peer_by_another_name_is_refused(kinds: Kinds) -> None:
+    """It would not be let in, and be told so after the hand-over."""
+    instance = kinds.spawn()
+    kinds.a.configure(peer_uris=f"friend:{kinds.b.host.uri}")
+    with pytest.raises(errors.MigrationRefused, match="calls itself ten-beta"):
+        kinds.a.driver.migrate_disk_and_power_off(
+            None, instance, "friend", kinds.flavor(kinds.b), None
+        )
+    assert kinds.a.state_of(instance) == "running"
+    assert kinds.a.driver.open_operations() == []
+    assert holder(kinds.a, instance) == ("ten-alpha", None)
+    kinds.a.driver.destroy(None, instance, None)
+
+
 def test_a_revert_gives_it_back(kinds: Kinds) -> None:
     instance = kinds.spawn()
     kinds.move(instance)

@@ -130,6 +130,12 @@ class _Planner:
     def _check_peer(self, record: model.Instance, xml: str) -> model.HostCard:
         card = self._there.card()
         peer.agree(card)
+        if card.host != self._request.dest:
+            # Under this name it would be let in nowhere: see tenure.py.
+            raise self._refuse(
+                f"the host at {self._request.dest} calls itself {card.host}: name it "
+                "so, or change its option address"
+            )
         cpu = domainxml.cpu_needed(xml)
         self._there.demand(
             needs.Needs(
