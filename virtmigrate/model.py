@@ -285,7 +285,8 @@ class Tenure(Struct, frozen=True):
     """Who may take it, by a move that goes on: `host` has stopped it for that."""
     clients: tuple[str, ...] | None = ()
     """What the storage calls those that have the disks open since it was started; None
-    while it is being started, and where the storage has no names for them."""
+    where that is not known: while it is being started, where the storage did not show
+    it of each disk, and where it has no names for them."""
 
 
 class TransferVolume(Struct, frozen=True):

@@ -100,15 +100,20 @@ def _stop_lost(here: node.Node, uuid: str) -> list[str]:
         return []
     try:
         here.tenures.demand(own)
+        here.tenures.note_late(own, is_off=_is_off(here, uuid))
         return []
     except errors.HeldElsewhere as e:
-        if here.domains.exists(uuid) and here.domains.power(uuid) is not Power.OFF:
+        if not _is_off(here, uuid):
             LOG.error("instance=%s is turned off: %s", uuid, e)
             here.domains.kill(uuid)
         return [
             f"{own.operation}: instance {uuid} is {e.holder}'s now, and off here; "
             "destroy what is left of it on this host"
         ]
+
+
+def _is_off(here: node.Node, uuid: str) -> bool:
+    return not here.domains.exists(uuid) or here.domains.power(uuid) is Power.OFF
 
 
 def _refused(here: node.Node, uuid: str, reason: str) -> errors.TakeOverRefused:

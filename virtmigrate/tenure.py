@@ -89,6 +89,20 @@ class Tenures:
             domains.kill(found.uuid)
             raise
 
+    def note_late(self, found: model.Instance, *, is_off: bool) -> None:
+        """Note who has its disks open where a start that failed, or was killed, did
+        not: until then nobody can be fenced. Raises StorageError.
+
+        Arguments:
+            found: an instance of ours that nobody is starting now.
+        """
+        for backend in self._shared(found):
+            tenure = self._find(backend, found.uuid)
+            is_ours = tenure is not None and tenure.host == self._host
+            is_unknown = tenure is not None and tenure.clients is None
+            if is_ours and is_unknown and backend.capabilities.fences:
+                self._note_clients(backend, found, is_off=is_off)
+
     def pass_on(self, gone: model.Instance, peer: str) -> None:
         """Let a peer take it; nothing happens if it is not ours. It may not run."""
 
@@ -184,17 +198,26 @@ class Tenures:
         except errors.StorageError as e:
             LOG.warning("instance=%s its clients are not noted: %s", wanted.uuid, e)
 
-    def _note_clients(self, backend: base.Backend, wanted: model.Instance) -> None:
+    def _note_clients(
+        self, backend: base.Backend, wanted: model.Instance, *, is_off: bool = False
+    ) -> None:
         def noted(found: model.Tenure | None) -> model.Tenure | None:
             if found is None:
                 return None
-            clients: set[str] = set()
-            for ref in wanted.disks:
-                if ref.backend == backend.name:
-                    clients |= backend.clients(ref.volume)
-            return msgspec.structs.replace(found, clients=tuple(sorted(clients)))
+            clients = () if is_off else self._all_clients(backend, wanted)
+            return msgspec.structs.replace(found, clients=clients)
 
         self._change(backend, wanted.uuid, noted)
+
+    @staticmethod
+    def _all_clients(
+        backend: base.Backend, wanted: model.Instance
+    ) -> tuple[str, ...] | None:
+        """Return who has the disks of a running instance open; None if the storage
+        does not show it of each."""
+        disks = [ref for ref in wanted.disks if ref.backend == backend.name]
+        clients = [backend.clients(ref.volume) for ref in disks]
+        return tuple(sorted(set().union(*clients))) if all(clients) else None
 
     def _clients(
         self,
@@ -220,7 +243,8 @@ class Tenures:
         disks = [ref for ref in wanted.disks if ref.backend == backend.name]
         clients = [backend.clients(ref.volume) for ref in disks]
         known = None if found is None else found.clients
-        if known is None and not all(clients) and not is_down:
+        # Who has them open now may be of an earlier start, and not what is to come.
+        if known is None and not is_down:
             raise self._refused(wanted, _UNKNOWN.format(holder))
         return set(known or ()).union(*clients)
 
@@ -286,6 +310,7 @@ _NO_FENCE = (
     "stays so, then say it (--host-is-down)"
 )
 _UNKNOWN = (
-    "{} was starting it, and the storage does not show by whom its disks are open. "
-    "See that this host is down, and stays so, then say it (--host-is-down)"
+    "{} was starting it, and did not come to note by whom its disks are open. If that "
+    "host lives, settling there does it; else see that it is down, and stays so, then "
+    "say it (--host-is-down)"
 )

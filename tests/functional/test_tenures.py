@@ -469,7 +469,7 @@ def test_taken_over_while_it_is_started(
 
     def overtaken(*args: Any, **kwargs: Any) -> None:
         start(*args, **kwargs)
-        rbd.b.driver.take_over(instance.uuid)
+        rbd.b.driver.take_over(instance.uuid, host_is_down=True)
 
     with monkeypatch.context() as patch:
         patch.setattr(here, "start", overtaken)
@@ -481,28 +481,51 @@ def test_taken_over_while_it_is_started(
     rbd.b.driver.destroy(None, instance, None)
 
 
-def test_who_has_it_open_is_not_known(
-    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between the start and its note; then the cluster forgot the watch."""
-    instance = rbd.spawn()
-    rbd.a.driver.power_off(instance)
+def killed_at_its_start(side: Side, instance: Any, *, before: bool) -> None:
+    """Start it by a process that dies before it notes who has the disks open."""
+    domains = side.driver.node.domains
+    start = domains.start
 
-    def killed(*_: object, **__: object) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        if not before:
+            start(*args, **kwargs)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rbd.a.driver.node.domains, "start", killed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(domains, "start", killed)
         with pytest.raises(KeyboardInterrupt):
-            rbd.a.driver.power_on(None, instance, None)
-    found = tenure(rbd.b, instance)
+            side.driver.power_on(None, instance, None)
+    found = tenure(side, instance)
     assert found is not None and found.clients is None
-    backend = rbd.b.driver.node.backends[rbd.b.name]
-    monkeypatch.setattr(backend, "clients", lambda name: set())
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["running", "off"])
+def test_who_has_it_open_is_not_known(rbd: Kinds, before: bool) -> None:
+    """Killed between the start and its note: who watches may be of an earlier one."""
+    instance = rbd.spawn()
+    rbd.a.driver.power_off(instance)
+    killed_at_its_start(rbd.a, instance, before=before)
+    found = tenure(rbd.b, instance)
     with pytest.raises(errors.TakeOverRefused, match="was starting it"):
         rbd.b.driver.take_over(instance.uuid)
     assert tenure(rbd.b, instance) == found
     rbd.b.driver.take_over(instance.uuid, host_is_down=True)
+    rbd.a.driver.destroy(None, instance, None)
+    rbd.b.driver.destroy(None, instance, None)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["running", "off"])
+def test_settling_notes_who_has_it_open(rbd: Kinds, before: bool) -> None:
+    instance = rbd.spawn()
+    rbd.a.driver.power_off(instance)
+    killed_at_its_start(rbd.a, instance, before=before)
+    assert rbd.a.driver.settle() == []
+    found = tenure(rbd.a, instance)
+    assert found is not None and found.clients is not None
+    assert bool(found.clients) is not before
+    rbd.b.driver.take_over(instance.uuid)
+    if not before:
+        assert not writes(rbd.a, instance, rbd.b, 2)
     rbd.a.driver.destroy(None, instance, None)
     rbd.b.driver.destroy(None, instance, None)
 

@@ -134,6 +134,37 @@ def test_clients_that_cannot_be_noted_do_not_stop_it() -> None:
     assert one.now.clients is None
 
 
+def test_what_the_storage_does_not_show_of_a_disk_is_not_known() -> None:
+    one = Storage("one")
+    start("a", one, lambda: None)
+    assert one.now.clients is None
+
+
+def test_clients_of_another_start_are_not_those_of_this_one() -> None:
+    """What watches the disk may be left of an earlier start."""
+    one = Storage("one")
+    one.open = {"old"}
+    one.failing = errors.StorageDown(host="a", pool="p", seconds=1, reason="test")
+    start("a", one, lambda: None)
+    one.failing = None
+    with pytest.raises(errors.TakeOverRefused, match="a was starting it"):
+        told("b", one).seize(of("one"), is_down=False)
+    assert (one.fenced, one.now.host) == ([], "a")
+    told("b", one).seize(of("one"), is_down=True)
+    assert (one.fenced, one.now.host) == ([{"old"}], "b")
+
+
+@pytest.mark.parametrize("is_off", [False, True])
+def test_noted_late(is_off: bool) -> None:
+    one = Storage("one")
+    start("a", one, lambda: None)
+    one.open = {"client"}
+    told("b", one).note_late(of("one"), is_off=is_off)
+    assert one.now.clients is None
+    told("a", one).note_late(of("one"), is_off=is_off)
+    assert one.now.clients == (() if is_off else ("client",))
+
+
 def test_overtaken_between_start_and_note() -> None:
     one = Storage("one", fences=False)
     domains = Domains()
@@ -160,6 +191,7 @@ def test_refused_before_the_start_kills_nothing() -> None:
 
 def test_a_seizure_that_lost_a_race_fences_again() -> None:
     one = Storage("one")
+    one.open = {"old"}
     start("a", one, lambda: None)
 
     def restarted() -> None:
@@ -168,7 +200,7 @@ def test_a_seizure_that_lost_a_race_fences_again() -> None:
 
     one.tenures.meanwhile = [restarted]
     told("b", one).seize(of("one"), is_down=False)
-    assert one.fenced == [set(), {"new"}]
+    assert one.fenced == [{"old"}, {"new"}]
     assert one.now.host == "b"
 
 
