@@ -4,7 +4,7 @@
 import contextlib
 import enum
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import libvirt
@@ -225,38 +225,46 @@ class Domains:
         with self.host.session(f"restoring {path}", timeout=3600) as session:
             session.conn.restoreFlags(path, None, flags)
 
-    def commit_layer(self, uuid: str, target: str, below: str) -> bool:
-        """Merge the top layer of a running guest's disk into the one below it.
+    def has_top(self, uuid: str, target: str, source: str) -> bool:
+        """Tell whether a disk's top layer is this one, for the guest that runs or the
+        next start."""
+        with self._domain(uuid, f"looking at {target}") as domain:
+            return _top(domain, target) == source
 
-        Arguments:
-            below: the source of the layer that is to be the top.
-        Returns whether it is the top now. False: QEMU is still at it; call again.
+    def commit_layer(self, uuid: str, target: str) -> bool:
+        """Copy the top layer of a started guest's disk into the one below it.
+
+        What the guest writes follows, until pivot(). Returns whether both hold the
+        same now. False: QEMU is still at it; call again.
         """
         with self._domain(uuid, f"merging the layer of {target}") as domain:
-            if _top(domain, target) == below:
-                return True
             if not domain.blockJobInfo(target, 0):
                 flags = (
                     libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
                     | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
                 )
                 domain.blockCommit(target, None, None, 0, flags)
-        deadline = time.monotonic() + _COMMIT_TIMEOUT
-        while not self._pivoted(uuid, target, below):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
+        return _awaited(lambda: self._is_copied(uuid, target))
+
+    def pivot(self, uuid: str, target: str, below: str) -> bool:
+        """End a copy of commit_layer() that is complete.
+
+        Returns whether the lower layer is the top now. False: call again.
+        """
+        return _awaited(lambda: self._pivoted(uuid, target, below))
 
     # Private
 
-    def _pivoted(self, uuid: str, target: str, below: str) -> bool:
-        """End a commit job that is ready; True when the lower layer is the top."""
+    def _is_copied(self, uuid: str, target: str) -> bool:
         with self._domain(uuid, f"merging the layer of {target}") as domain:
-            job = domain.blockJobInfo(target, 0)
-            if job and job["cur"] == job["end"] and job["end"] > 0:
+            return _is_ready(domain, target)
+
+    def _pivoted(self, uuid: str, target: str, below: str) -> bool:
+        with self._domain(uuid, f"merging the layer of {target}") as domain:
+            if _is_ready(domain, target):
                 with contextlib.suppress(libvirt.libvirtError):
                     domain.blockJobAbort(target, _PIVOT)
+            job = domain.blockJobInfo(target, 0)
             return not job and _top(domain, target) == below
 
     @contextlib.contextmanager
@@ -280,6 +288,21 @@ class Domains:
 _COMMIT_TIMEOUT = 20.0
 """Seconds to wait for a merge, holding the instance, before looking again later."""
 _PIVOT = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+
+
+def _awaited(is_done: Callable[[], bool]) -> bool:
+    """Wait for what a merge does; False when it takes too long."""
+    deadline = time.monotonic() + _COMMIT_TIMEOUT
+    while not is_done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _is_ready(domain: "libvirt.virDomain", target: str) -> bool:
+    job = domain.blockJobInfo(target, 0)
+    return bool(job) and job["cur"] == job["end"] and job["end"] > 0
 
 
 def _top(domain: "libvirt.virDomain", target: str) -> str | None:

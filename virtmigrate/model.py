@@ -21,6 +21,9 @@ class VolumeState(enum.Enum):
     """Its content is proven."""
     FROZEN = "frozen"
     """Proven, and below a layer: it never changes until that layer is gone."""
+    MERGING = "merging"
+    """A layer whose content is in the volume below it, or about to be: its guest may
+    stand still for that."""
     RETIRED = "retired"
     """Of an instance that moved away: never started, kept so that a return sends
     only what changed, and removed first when room is short."""

@@ -19,7 +19,7 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, errors, model, node
 from virtmigrate.instance import Power
 from virtmigrate.migration.plan import NVRAM
-from virtmigrate.model import InstanceState, TransferState
+from virtmigrate.model import InstanceState, TransferState, VolumeState
 
 LOG = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def run(
         xml = _xml(here, wanted)
         with_xml = msgspec.structs.replace(wanted, domain_xml=xml)
         here.tenures.seize(with_xml, is_down=host_is_down)
+        _thaw(here, wanted)
         here.publish_instance(wanted)
         here.domains.define(xml)
         if power_on:
@@ -184,6 +185,18 @@ def _backend_of(here: node.Node, found: model.Instance, ref: model.DiskRef) -> s
         f"its disk {ref.target} ({ref.volume}, in {found.host}'s backend "
         f"{ref.backend}) is not seen from here",
     )
+
+
+def _thaw(here: node.Node, wanted: model.Instance) -> None:
+    """Have its disks usable: its old host may have died while it merged a layer."""
+    for ref in wanted.disks:
+        backend = here.backend(ref.backend)
+        found = backend.volumes.read(ref.volume).body
+        if found.state in (VolumeState.FROZEN, VolumeState.MERGING):
+            usable = msgspec.structs.replace(
+                found, state=VolumeState.USABLE, digest=None
+            )
+            backend.update(usable)
 
 
 def _xml(here: node.Node, wanted: model.Instance) -> str:

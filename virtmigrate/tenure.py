@@ -103,6 +103,18 @@ class Tenures:
             if is_ours and is_unknown and backend.capabilities.fences:
                 self._note_clients(backend, found, is_off=is_off)
 
+    def amend(self, found: model.Instance) -> None:
+        """Say which disks an instance has from now on; it runs on. HeldElsewhere."""
+
+        def amended(tenure: model.Tenure | None) -> model.Tenure | None:
+            if tenure is None or tenure.host != self._host:
+                return None
+            record = msgspec.structs.replace(tenure.record, disks=found.disks)
+            return msgspec.structs.replace(tenure, record=record)
+
+        for backend in self._shared(found):
+            self._change(backend, found.uuid, amended)
+
     def pass_on(self, gone: model.Instance, peer: str) -> None:
         """Let a peer take it; nothing happens if it is not ours. It may not run."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import libvirt_qemu
 import msgspec
 import pytest
@@ -26,7 +27,7 @@ from tests.functional.sides import Kinds, Side, between
 from tests.functional.test_kinds import Cancelling
 from virtmigrate import errors, model, takeover
 from virtmigrate.tenure import Tenures
-from virtmigrate.units import MiB
+from virtmigrate.units import GiB, MiB
 
 LONG = 60.0
 
@@ -598,6 +599,134 @@ def test_a_guest_that_was_cut_off(
     assert (log.problems, log.first, log.boots) == ([], 1, 2)
     for side in (rbd.a, rbd.b):
         side.driver.destroy(None, instance, None)
+
+
+# Killed while a layer over a shared disk is merged
+
+
+MERGE = {
+    "at the mark": "node.domains.pause",
+    "paused": "node.backend.persist",
+    "grown": "node.tenures.amend",
+    "passed down": "node.domains.pivot",
+    "pivoted": "node.domains.unpause",
+    "going on": "node.publish_instance",
+    "noted": "node.backend.remove",
+}
+"""Who is called next where a process is killed."""
+
+
+@pytest.fixture
+def files(
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[Kinds]:
+    with made("shared_dir", hosts, tmp_path, cluster) as found:
+        yield found
+
+
+def killed_in_the_merge(kinds: Kinds, instance: Any, step: str) -> bytes:
+    """Move it and confirm; kill the peer's process at a step of the merge.
+
+    Returns what the guest's disk holds.
+    """
+    kinds.a.driver.power_off(instance)
+    disk = bytearray(kinds.a.content(instance))
+    kinds.a.driver.power_on(None, instance, None)
+    if step == "grown":
+        kinds.move(instance, root_gb=1)
+        disk.extend(bytes(GiB - len(disk)))
+    else:
+        kinds.move(instance)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    # So that the merge is the next that publishes its record.
+    kinds.b.driver.node.note_confirmed(instance.uuid)
+    put(kinds.b, 1)
+    disk[:512] = bytes([1]) * 512
+    _, *path, name = MERGE[step].split(".")
+    owner: Any = kinds.b.driver.node
+    for each in path:
+        is_disk = each == "backend"
+        owner = owner.backend(kinds.b.name) if is_disk else getattr(owner, each)
+
+    def killed(*_: object, **__: object) -> None:
+        if kinds.b.state_of(instance) == "running":
+            put(kinds.b, 2)
+            disk[:512] = bytes([2]) * 512
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            kinds.b.driver.settle()
+    return bytes(disk)
+
+
+def put(side: Side, pattern: int) -> None:
+    """Write to the disk of the one guest that runs, as it would."""
+    device = "/machine/peripheral/virtio-disk0/virtio-backend"
+    order = f'qemu-io -d {device} "write -f -P {pattern} 0 512"'
+    with side.libvirt() as conn:
+        (domain,) = conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING)
+        flags = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        libvirt_qemu.qemuMonitorCommand(domain, order, flags)
+
+
+@pytest.mark.parametrize("step", MERGE)
+def test_taken_over_from_a_host_that_died_in_a_merge(files: Kinds, step: str) -> None:
+    instance = files.spawn()
+    disk = killed_in_the_merge(files, instance, step)
+    kill_guests(files.b)
+    files.a.driver.take_over(instance.uuid, host_is_down=True, power_on=False)
+    assert files.a.content(instance) == disk
+    files.a.driver.power_on(None, instance, None)
+    assert files.a.state_of(instance) == "running"
+    assert files.a.disk(instance)[1].state is model.VolumeState.USABLE
+    files.b.driver.destroy(None, instance, None)
+    files.a.driver.destroy(None, instance, None)
+    assert not [name for name in files.a.volumes() if "vda" in name]
+
+
+@pytest.mark.parametrize("step", MERGE)
+def test_settling_goes_on_with_a_merge(files: Kinds, step: str) -> None:
+    instance = files.spawn()
+    _, base = files.a.disk(instance)
+    disk = killed_in_the_merge(files, instance, step)
+    files.b.restart()
+    assert files.b.driver.settle() == []
+    assert files.b.state_of(instance) == "running"
+    found = files.b.disk(instance)[1]
+    assert (found.name, found.state) == (base.name, model.VolumeState.USABLE)
+    record = tenure(files.a, instance)
+    assert record is not None
+    assert [ref.volume for ref in record.record.disks] == [base.name]
+    files.b.driver.power_off(instance)
+    assert files.b.content(instance) == disk
+    files.b.driver.destroy(None, instance, None)
+    assert not [name for name in files.a.volumes() if "vda" in name]
+
+
+def test_a_merge_that_failed_lets_the_guest_go_on(
+    files: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = files.spawn()
+    files.move(instance)
+    files.a.driver.confirm_migration(None, None, instance, None)
+    backend = files.b.driver.node.backend(files.b.name)
+
+    def fail(*_: object) -> None:
+        raise errors.StorageError(host="ten-beta", pool="p", reason="test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "persist", fail)
+        (left,) = files.b.driver.settle()
+        assert "test" in left
+    assert files.b.state_of(instance) == "running"
+    assert files.b.driver.settle() == []
+    assert files.b.state_of(instance) == "running"
+    assert files.b.disk(instance)[1].backing is None
+    files.b.driver.destroy(None, instance, None)
 
 
 # Taking back from a peer that is lost

@@ -18,5 +18,5 @@ and from SETTLED. So there are never two, and the record always tells who may.
 - departure.py, undo.py: one move, there and back; facts.py: what its journal says
 - cargo.py: the volumes of a move: room, copies, proof
 - target.py: the host that it comes to: take, settle, give back
-- arrival.py: one instance that comes
+- arrival.py: one instance that comes; merging.py: the layer that its source needed
 """

@@ -13,7 +13,7 @@ from virtmigrate import domainxml, errors, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
-from virtmigrate.migration import plan, trees
+from virtmigrate.migration import merging, plan, trees
 from virtmigrate.migration.scrutiny import Scrutiny
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
@@ -118,7 +118,8 @@ class Arrival:
     def merge(self) -> bool:
         """Merge layers over shared disks; False when that has to wait.
 
-        A running guest is needed: QEMU does it. One that is off keeps its layer.
+        A running guest is needed: QEMU does it. One that is off keeps its layer. See
+        merging.py.
         """
         layers = [v for v in self._transfer.volumes if v.shared and v.backing]
         if not layers:
@@ -127,9 +128,11 @@ class Arrival:
         if self.noted() is None:
             # It moved on, its layers with it, as layers like any other.
             return True
-        if self._here.domains.power(uuid) is not Power.RUNNING:
-            return False
-        return all([self._merge(uuid, volume) for volume in layers])  # noqa: C419
+        merges = [
+            merging.Merge(self._here, self._scrutiny, self._backend(volume), volume)
+            for volume in layers
+        ]
+        return all([each.run(uuid) for each in merges])  # noqa: C419
 
     # Private
 
@@ -293,40 +296,6 @@ class Arrival:
         self._here.mailbox.transfers.publish(
             self._stored.name, body, after=self._stored.generation
         )
-
-    def _merge(self, uuid: str, volume: model.TransferVolume) -> bool:
-        """Merge one layer into the disk below it, and drop it.
-
-        False when QEMU is not through with it yet: it is looked at again later.
-        """
-        stored, backend = self._here.entitled(uuid), self._backend(volume)
-        top = self._scrutiny.recorded(volume)
-        if top is None or top.backing is None:
-            return True
-        base_record = backend.volumes.read(top.backing).body
-        self._scrutiny.demand_mergeable(top, base_record, self._disk(stored, volume))
-        disks = tuple(
-            msgspec.structs.replace(ref, volume=base_record.name)
-            if ref.volume == volume.name
-            else ref
-            for ref in stored.disks
-        )
-        below = backend.path(base_record)
-        if not self._here.domains.commit_layer(uuid, volume.target, below):
-            return False
-        # In this order: until the layer is gone, its base is frozen or the disk.
-        self._here.publish_instance(msgspec.structs.replace(stored, disks=disks))
-        merged = msgspec.structs.replace(
-            base_record, size=volume.size, state=VolumeState.USABLE, digest=None
-        )
-        backend.update(merged)
-        backend.remove(volume.name)
-        return True
-
-    def _disk(self, noted: model.Instance, volume: model.TransferVolume) -> str:
-        """Return the volume that the disk of this target is, by our own record."""
-        found = [ref.volume for ref in noted.disks if ref.target == volume.target]
-        return found[0] if found else ""
 
 
 def gave_to_itself(own: model.Instance, operation: str) -> bool:
