@@ -290,6 +290,12 @@ class Tenure(Struct, frozen=True):
     """What the storage calls those that have the disks open since it was started; None
     where that is not known: while it is being started, where the storage did not show
     it of each disk, and where it has no names for them."""
+    lost: tuple[str, ...] = ()
+    """Hosts from which it was taken, and that have not cleared away what they have of
+    it: one may come back with a guest that runs."""
+    gone: bool = False
+    """The instance has left this backend: only those in `lost` may not begin anew, and
+    as long as there are some the record stays."""
 
 
 class TransferVolume(Struct, frozen=True):

@@ -319,8 +319,11 @@ class Node:
         if stored is None:
             self.forget_unborn(uuid)
             self._remove_retired(uuid)
+        if stored is None or stored.body.host != self.name:
+            # What was taken from this host has nothing here any more.
+            self.tenures.renounce(uuid, self.up())
             return
-        if (stored.body.host, stored.body.state) != (self.name, here):
+        if stored.body.state is not here:
             return
         used = {ref.backend for ref in stored.body.disks}
         for backend in self.backends.values():

@@ -127,7 +127,7 @@ def _tenures(here: node.Node, uuid: str) -> dict[str, model.Tenure]:
     for backend in here.up():
         if backend.capabilities.shared:
             stored = backend.tenures.find(uuid)
-            if stored is not None:
+            if stored is not None and not stored.body.gone:
                 found[backend.name] = stored.body
     return found
 

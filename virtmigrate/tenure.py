@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, instance, model
+from virtmigrate import errors, instance, model, rights
 from virtmigrate.backends import base
 
 LOG = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class Tenures:
     def holder(self, backend: base.Backend, uuid: str) -> str | None:
         """Return the other host that may run an instance, None if there is none."""
         found = self._find(backend, uuid)
-        return None if found is None or self._may_take(found) else found.host
+        return (
+            None if found is None or rights.may_take(found, self._host) else found.host
+        )
 
     def take(self, wanted: model.Instance) -> None:
         """Have it, for an instance that does not run; nothing happens twice.
@@ -79,9 +81,12 @@ class Tenures:
         # libvirt would start it with the host, and ask nobody.
         domains.forbid_autostart(found.uuid)
         wanted = msgspec.structs.replace(found, domain_xml=domains.xml(found.uuid))
-        started = model.Tenure(host=self._host, record=wanted, clients=None)
         for backend in shared:
-            self._change(backend, found.uuid, lambda _: started)
+            self._change(
+                backend,
+                found.uuid,
+                lambda before: rights.taken(before, self._host, wanted, clients=None),
+            )
         yield
         try:
             self._note(wanted)
@@ -98,16 +103,16 @@ class Tenures:
         """
         for backend in self._shared(found):
             tenure = self._find(backend, found.uuid)
-            is_ours = tenure is not None and tenure.host == self._host
-            is_unknown = tenure is not None and tenure.clients is None
-            if is_ours and is_unknown and backend.capabilities.fences:
+            if not rights.has(tenure, self._host) or not backend.capabilities.fences:
+                continue
+            if tenure is not None and tenure.clients is None:
                 self._note_clients(backend, found, is_off=is_off)
 
     def amend(self, found: model.Instance) -> None:
         """Say which disks an instance has from now on; it runs on. HeldElsewhere."""
 
         def amended(tenure: model.Tenure | None) -> model.Tenure | None:
-            if tenure is None or tenure.host != self._host:
+            if tenure is None or not rights.has(tenure, self._host):
                 return None
             record = msgspec.structs.replace(tenure.record, disks=found.disks)
             return msgspec.structs.replace(tenure, record=record)
@@ -119,7 +124,7 @@ class Tenures:
         """Let a peer take it; nothing happens if it is not ours. It may not run."""
 
         def passed(found: model.Tenure | None) -> model.Tenure | None:
-            if found is None or found.host != self._host:
+            if found is None or not rights.has(found, self._host):
                 return None
             return msgspec.structs.replace(found, peer=peer, clients=())
 
@@ -128,16 +133,32 @@ class Tenures:
                 self._change(backend, gone.uuid, passed)
 
     def drop(self, uuid: str, backends: Iterable[str]) -> None:
-        """Remove what is ours of an instance that is gone; can be called again.
+        """Give up what is ours of an instance that is gone; can be called again.
+
+        A host from which it was taken, and that may come back, is kept from it still.
 
         Arguments:
             backends: names of those that had disks of it.
         """
         for name in self._backends.keys() & set(backends):
-            backend = self._backends[name]
-            found = self._find(backend, uuid) if backend.capabilities.shared else None
-            if found is not None and found.host == self._host:
-                backend.tenures.remove(uuid)
+            self._clear(self._backends[name], uuid)
+
+    def renounce(self, uuid: str, backends: Iterable[base.Backend]) -> None:
+        """Say that nothing of an instance that was taken from this host is left here.
+
+        Can be called again: storage that is down keeps this host off until then.
+        """
+        for backend in backends:
+            try:
+                if self.taker(backend, uuid) is not None:
+                    self._clear(backend, uuid)
+            except errors.StorageError as e:
+                LOG.warning("instance=%s not cleared away: %s", uuid, e)
+
+    def taker(self, backend: base.Backend, uuid: str) -> str | None:
+        """Return the host that took an instance from this one; None if none did."""
+        found = self._find(backend, uuid) if backend.capabilities.shared else None
+        return found.host if found and self._host in found.lost else None
 
     def seize(
         self,
@@ -179,23 +200,33 @@ class Tenures:
         stored = backend.tenures.find(uuid)
         return stored.body if stored else None
 
-    def _may_take(self, found: model.Tenure) -> bool:
-        return self._host in (found.host, found.peer)
+    def _clear(self, backend: base.Backend, uuid: str) -> None:
+        """Say that this host has nothing of it; remove a record that nobody needs."""
+        if backend.capabilities.shared:
+            self._change(
+                backend,
+                uuid,
+                lambda found: found and rights.without(found, self._host),
+                by_force=True,
+            )
+            found = self._find(backend, uuid)
+            if found is not None and not rights.is_needed(found):
+                backend.tenures.remove(uuid)
 
     def _demand(
         self, backend: base.Backend, uuid: str, found: model.Tenure | None
     ) -> None:
-        if found is not None and not self._may_take(found):
-            raise errors.HeldElsewhere(
+        if found is not None and not rights.may_take(found, self._host):
+            raise (errors.TakenAway if found.gone else errors.HeldElsewhere)(
                 host=self._host, instance=uuid, backend=backend.name, holder=found.host
             )
 
     def _taken(
         self, found: model.Tenure | None, wanted: model.Instance
     ) -> model.Tenure | None:
-        if found is not None and (found.host, found.peer) == (self._host, None):
+        if rights.has_alone(found, self._host):
             return None
-        return model.Tenure(host=self._host, record=wanted)
+        return rights.taken(found, self._host, wanted)
 
     def _note(self, wanted: model.Instance) -> None:
         """Note who has the disks open now; HeldElsewhere if it is not ours any more.
@@ -239,10 +270,13 @@ class Tenures:
         is_down: bool,
     ) -> set[str]:
         """Return whom the storage has to refuse; TakeOverRefused if that is unknown."""
-        if found is not None and (found.host, found.peer) == (self._host, None):
+        if rights.has_alone(found, self._host):
             return set()
+        if found is not None and found.gone:
+            self._demand(backend, wanted.uuid, found)
+            found = None
         holder = found.host if found is not None else "another host"
-        if found is not None and found.peer and not self._may_take(found):
+        if found is not None and found.peer and not rights.may_take(found, self._host):
             # Its peer may run a copy, of which nothing here knows.
             if not is_down:
                 reason = _MOVING.format(holder, found.peer)
@@ -269,7 +303,7 @@ class Tenures:
         self, backend: base.Backend, wanted: model.Instance, is_down: bool
     ) -> None:
         def seized(found: model.Tenure | None) -> model.Tenure | None:
-            if found is not None and (found.host, found.peer) == (self._host, None):
+            if rights.has_alone(found, self._host):
                 return None
             if backend.capabilities.fences:
                 backend.fence(self._clients(backend, wanted, found, is_down))
@@ -281,7 +315,7 @@ class Tenures:
                 found.host if found is not None else "nobody",
                 ", down by an operator's word" if is_down else "",
             )
-            return model.Tenure(host=self._host, record=wanted)
+            return rights.taken(found, self._host, wanted, by_force=True)
 
         self._change(backend, wanted.uuid, seized, by_force=True)
 

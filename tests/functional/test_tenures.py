@@ -393,6 +393,22 @@ def test_taken_over_from_a_host_that_cannot_be_asked(kinds: Kinds) -> None:
     assert tenure(kinds.a, instance) is None
 
 
+def test_one_that_is_gone_since_is_not_started_again(kinds: Kinds) -> None:
+    """Its old host has it still, by its own record."""
+    instance = kinds.spawn()
+    kinds.a.driver.power_off(instance)
+    kinds.b.driver.take_over(instance.uuid, host_is_down=True)
+    kinds.b.driver.destroy(None, instance, None)
+    with pytest.raises(errors.TakenAway, match="ten-beta took it over"):
+        kinds.a.driver.power_on(None, instance, None)
+    with pytest.raises(errors.TakeOverRefused, match="no backend of this host"):
+        kinds.a.driver.take_over(instance.uuid, host_is_down=True)
+    assert kinds.a.state_of(instance) == "shutoff"
+    assert "ten-beta's now" in kinds.a.driver.settle()[0]
+    kinds.a.driver.destroy(None, instance, None)
+    assert tenure(kinds.a, instance) is None
+
+
 def test_by_the_command_and_without_a_start(kinds: Kinds) -> None:
     instance = kinds.spawn()
     kinds.a.driver.power_off(instance)

@@ -15,6 +15,7 @@ from virtmigrate.backends.base import Backend
 from virtmigrate.backends.dir import DirBackend
 
 UUID = "11111111-2222-3333-4444-555555555555"
+DOWN = errors.StorageDown(host="a", pool="p", seconds=1, reason="test")
 
 
 class Records:
@@ -23,8 +24,11 @@ class Records:
     def __init__(self) -> None:
         self.stored: record.Stored[model.Tenure] | None = None
         self.meanwhile: list[Callable[[], None]] = []
+        self.failing: errors.Error | None = None
 
     def find(self, uuid: str) -> record.Stored[model.Tenure] | None:
+        if self.failing:
+            raise self.failing
         return self.stored
 
     def publish(self, uuid: str, body: model.Tenure, *, after: int) -> None:
@@ -128,7 +132,7 @@ def test_clients_are_noted_after_the_start() -> None:
 
 def test_clients_that_cannot_be_noted_do_not_stop_it() -> None:
     one = Storage("one")
-    one.failing = errors.StorageDown(host="a", pool="p", seconds=1, reason="test")
+    one.failing = DOWN
     domains = start("a", one, lambda: None)
     assert not domains.killed
     assert one.now.clients is None
@@ -144,7 +148,7 @@ def test_clients_of_another_start_are_not_those_of_this_one() -> None:
     """What watches the disk may be left of an earlier start."""
     one = Storage("one")
     one.open = {"old"}
-    one.failing = errors.StorageDown(host="a", pool="p", seconds=1, reason="test")
+    one.failing = DOWN
     start("a", one, lambda: None)
     one.failing = None
     with pytest.raises(errors.TakeOverRefused, match="a was starting it"):
@@ -245,6 +249,64 @@ def test_of_an_open_move_a_third_host_takes_nothing() -> None:
     assert (one.now.host, one.fenced) == ("a", [])
     told("c", one).seize(of("one"), is_down=True)
     assert one.now.host == "c"
+
+
+def test_from_whom_it_was_taken_may_not_begin_anew() -> None:
+    """Not even when it has left the storage: only he does not know of that."""
+    one = Storage("one")
+    told("a", one).take(of("one"))
+    told("b", one).seize(of("one"), is_down=True)
+    assert one.now.lost == ("a",)
+    told("b", one).drop(UUID, ["one"])
+    with pytest.raises(errors.TakenAway, match="b took it over"):
+        start("a", one, lambda: None)
+    with pytest.raises(errors.TakenAway):
+        told("a", one).take(of("one"))
+    with pytest.raises(errors.TakenAway):
+        told("a", one).seize(of("one"), is_down=True)
+    assert told("a", one).holder(cast(Backend, one), UUID) == "b"
+    one.tenures.failing = DOWN
+    told("a", one).renounce(UUID, [cast(Backend, one)])
+    one.tenures.failing = None
+    assert one.now.lost == ("a",)
+    told("a", one).renounce(UUID, [cast(Backend, one)])
+    assert one.tenures.stored is None
+
+
+def test_others_may_have_what_has_left() -> None:
+    one = Storage("one")
+    told("a", one).take(of("one"))
+    told("b", one).seize(of("one"), is_down=True)
+    told("b", one).drop(UUID, ["one"])
+    told("c", one).take(of("one"))
+    assert (one.now.host, one.now.lost) == ("c", ("a",))
+    told("c", one).drop(UUID, ["one"])
+    assert one.now.gone
+    told("a", one).drop(UUID, ["one"])
+    assert one.tenures.stored is None
+
+
+def test_all_that_had_a_move_may_come_back() -> None:
+    one = Storage("one")
+    told("a", one).take(of("one"))
+    told("a", one).pass_on(of("one"), "b")
+    told("c", one).seize(of("one"), is_down=True)
+    start("c", one, lambda: None)
+    assert " ".join(one.now.lost) == "a b"
+    told("c", one).pass_on(of("one"), "b")
+    told("b", one).take(of("one"))
+    assert (one.now.host, " ".join(one.now.lost)) == ("b", "a")
+    told("a", one).drop(UUID, ["one"])
+    assert (one.now.host, " ".join(one.now.lost)) == ("b", "")
+
+
+def test_seized_while_it_is_dropped() -> None:
+    """One of the two comes first; what somebody has then is not removed."""
+    one = Storage("one")
+    told("a", one).take(of("one"))
+    one.tenures.meanwhile = [lambda: told("b", one).seize(of("one"), is_down=True)]
+    told("a", one).drop(UUID, ["one"])
+    assert (one.now.host, one.now.lost) == ("b", ())
 
 
 def test_only_its_own_is_dropped() -> None:

@@ -32,6 +32,7 @@
     │   ├── InvalidState
     │   ├── NotEntitled
     │   │   └── HeldElsewhere
+    │   │       └── TakenAway
     │   ├── TakeOverRefused
     │   ├── SnapshotError
     │   │   ├── SnapshotNotFound, SnapshotExists
@@ -93,6 +94,7 @@ from virtmigrate.errors.instances import InstanceNotFound as InstanceNotFound
 from virtmigrate.errors.instances import InvalidState as InvalidState
 from virtmigrate.errors.instances import NotEntitled as NotEntitled
 from virtmigrate.errors.instances import OwnedElsewhere as OwnedElsewhere
+from virtmigrate.errors.instances import TakenAway as TakenAway
 from virtmigrate.errors.instances import TakeOverRefused as TakeOverRefused
 from virtmigrate.errors.moves import MigrationError as MigrationError
 from virtmigrate.errors.moves import MigrationRefused as MigrationRefused

@@ -39,6 +39,14 @@ class HeldElsewhere(NotEntitled):
     )
 
 
+class TakenAway(HeldElsewhere):
+    msg = (
+        "host {host} may not run instance {instance}: {holder} took it over, and it "
+        "has left backend {backend} since. It was not started. Destroy what is left of "
+        "it on this host"
+    )
+
+
 class TakeOverRefused(InstanceError):
     msg = "taking instance {instance} over to {host} is refused: {reason}"
 
