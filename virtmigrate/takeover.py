@@ -80,7 +80,9 @@ def stop_lost(here: node.Node) -> list[str]:
     operation, or on storage that is down, is looked at the next time.
     """
     left = []
-    for uuid in here.instances.names():
+    # Hosts that share the records have one of an instance: what runs says the rest.
+    domains = {uuid for uuid, _ in here.domains.all()}
+    for uuid in sorted(domains.union(here.instances.names())):
         try:
             with here.locks.only(f"instance-{uuid}") as is_idle:
                 left += _stop_lost(here, uuid) if is_idle else []
@@ -94,7 +96,10 @@ def stop_lost(here: node.Node) -> list[str]:
 
 def _stop_lost(here: node.Node, uuid: str) -> list[str]:
     own = here.own_record(uuid)
-    if own is None or own.state not in _RUNNABLE:
+    if own is None:
+        takers = [] if _is_off(here, uuid) else _takers(here, uuid)
+        return _turned_off(here, uuid, "-", takers[0]) if takers else []
+    if own.state not in _RUNNABLE:
         return []
     is_down = any(ref.backend in here.down for ref in own.disks)
     if is_down or not here.tenures.concern(own):
@@ -104,13 +109,24 @@ def _stop_lost(here: node.Node, uuid: str) -> list[str]:
         here.tenures.note_late(own, is_off=_is_off(here, uuid))
         return []
     except errors.HeldElsewhere as e:
-        if not _is_off(here, uuid):
-            LOG.error("instance=%s is turned off: %s", uuid, e)
-            here.domains.kill(uuid)
-        return [
-            f"{own.operation}: instance {uuid} is {e.holder}'s now, and off here; "
-            "destroy what is left of it on this host"
-        ]
+        return _turned_off(here, uuid, own.operation, str(e.holder))
+
+
+def _turned_off(here: node.Node, uuid: str, operation: str, holder: str) -> list[str]:
+    """Turn a domain off, and say what is left of it."""
+    if not _is_off(here, uuid):
+        LOG.error("instance=%s is turned off: it is %s's now", uuid, holder)
+        here.domains.kill(uuid)
+    return [
+        f"{operation}: instance {uuid} is {holder}'s now, and off here; "
+        "destroy what is left of it on this host"
+    ]
+
+
+def _takers(here: node.Node, uuid: str) -> list[str]:
+    """Return the hosts that took an instance from this one, and have it or had it."""
+    found = [here.tenures.taker(backend, uuid) for backend in here.up()]
+    return [each for each in found if each is not None]
 
 
 def _is_off(here: node.Node, uuid: str) -> bool:

@@ -45,14 +45,16 @@ def made(
     hosts: tuple[sandbox.Host, sandbox.Host],
     tmp: Path,
     cluster: Callable[[], Ceph],
+    **options: Any,
 ) -> Iterator[Kinds]:
     """Two hosts that have one backend; each calls it by a name of its own."""
     with contextlib.ExitStack() as stack:
-        sides = []
+        sides, found = [], []
         for side, host in zip("ab", hosts, strict=True):
             place = places.PLACES[kind](host, "tenures", tmp / side, cluster)
-            values = stack.enter_context(place)
-            sides.append(Side(host, tmp / side, values, f"the{kind}"))
+            found.append(stack.enter_context(place))
+        for side, host, values in zip("ab", hosts, found, strict=True):
+            sides.append(Side(host, tmp / side, values, f"the{kind}", **options))
             stack.callback(sides[-1].close)
         yield Kinds(sides[0], sides[1], tmp)
 
@@ -407,6 +409,34 @@ def test_one_that_is_gone_since_is_not_started_again(kinds: Kinds) -> None:
     assert "ten-beta's now" in kinds.a.driver.settle()[0]
     kinds.a.driver.destroy(None, instance, None)
     assert tenure(kinds.a, instance) is None
+
+
+def test_a_host_that_shares_its_records_comes_back(
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> None:
+    """The one record is the other's now: what runs here tells that it was taken."""
+    backend = "theshared_dir"
+    with made("shared_dir", hosts, tmp_path, cluster, file_backend=backend) as kinds:
+        lost, other = kinds.spawn(), kinds.spawn()
+        # Its old host is no more sure to be down than its operator.
+        kinds.a.driver.pause(lost)
+        kinds.b.driver.take_over(lost.uuid, host_is_down=True, power_on=False)
+        assert kinds.a.driver.node.own_record(lost.uuid) is None
+        assert kinds.a.state_of(lost) == "paused"
+        (left,) = kinds.a.driver.settle()
+        assert "ten-beta's now" in left
+        assert kinds.a.state_of(lost) == "shutoff"
+        assert kinds.a.state_of(other) == "running"
+        kinds.a.driver.destroy(None, lost, None)
+        assert kinds.a.driver.settle() == []
+        found = tenure(kinds.b, lost)
+        assert found is not None and found.lost == ()
+        kinds.b.driver.power_on(None, lost, None)
+        assert kinds.b.state_of(lost) == "running"
+        kinds.b.driver.destroy(None, lost, None)
+        kinds.a.driver.destroy(None, other, None)
 
 
 def test_by_the_command_and_without_a_start(kinds: Kinds) -> None:
