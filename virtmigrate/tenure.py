@@ -74,25 +74,30 @@ class Tenures:
         Raises HeldElsewhere: nothing was started, or somebody took it over meanwhile,
         and what was started is off again.
         """
-        shared = self._shared(found)
-        if not shared:
+        if not self.concern(found):
             yield
             return
         # libvirt would start it with the host, and ask nobody.
         domains.forbid_autostart(found.uuid)
         wanted = msgspec.structs.replace(found, domain_xml=domains.xml(found.uuid))
-        for backend in shared:
-            self._change(
-                backend,
-                found.uuid,
-                lambda before: rights.taken(before, self._host, wanted, clients=None),
-            )
+        self._renew(wanted, None)
         yield
         try:
             self._note(wanted)
         except errors.HeldElsewhere:
             domains.kill(found.uuid)
             raise
+
+    @contextlib.contextmanager
+    def rewriting(self, found: model.Instance) -> Iterator[None]:
+        """Have it while this process puts back disks of an instance that is off.
+
+        No fence keeps this process from them. So nobody takes it over meanwhile, but
+        by an operator's word; nor after a failure, until it was done. HeldElsewhere.
+        """
+        self._renew(found, None)
+        yield
+        self._renew(found, ())
 
     def note_late(self, found: model.Instance, *, is_off: bool) -> None:
         """Note who has its disks open where a start that failed, or was killed, did
@@ -199,6 +204,15 @@ class Tenures:
     def _find(backend: base.Backend, uuid: str) -> model.Tenure | None:
         stored = backend.tenures.find(uuid)
         return stored.body if stored else None
+
+    def _renew(self, wanted: model.Instance, clients: tuple[str, ...] | None) -> None:
+        """Have it, by a record that is not the one until now; HeldElsewhere."""
+        for backend in self._shared(wanted):
+            self._change(
+                backend,
+                wanted.uuid,
+                lambda found: rights.taken(found, self._host, wanted, clients=clients),
+            )
 
     def _clear(self, backend: base.Backend, uuid: str) -> None:
         """Say that this host has nothing of it; remove a record that nobody needs."""
@@ -356,7 +370,7 @@ _NO_FENCE = (
     "stays so, then say it (--host-is-down)"
 )
 _UNKNOWN = (
-    "{} was starting it, and did not come to note by whom its disks are open. If that "
-    "host lives, settling there does it; else see that it is down, and stays so, then "
-    "say it (--host-is-down)"
+    "{} was starting it, or putting its disks back, and did not come to note by whom "
+    "they are open. If that host lives, settling there does it; else see that it is "
+    "down, and stays so, then say it (--host-is-down)"
 )

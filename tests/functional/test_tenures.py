@@ -268,6 +268,40 @@ def test_a_rollback_leaves_what_was_taken_over(rbd: Kinds) -> None:
     backend.remove(volume.name)
 
 
+@pytest.mark.parametrize("is_given", [False, True], ids=["rollback", "revert"])
+def test_nobody_takes_it_while_its_disk_is_put_back(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch, is_given: bool
+) -> None:
+    """No fence would keep this process from the disk that it rolls back."""
+    instance = rbd.spawn()
+    backend = rbd.a.driver.node.backend(rbd.a.name)
+    restore, said = backend.restore_state, []
+
+    def overtaken(*args: Any) -> None:
+        found = tenure(rbd.a, instance)
+        assert found is not None
+        try:
+            Tenures({rbd.a.name: backend}, "third").seize(found.record, is_down=False)
+        except errors.TakeOverRefused as e:
+            said.append(str(e))
+        restore(*args)
+
+    monkeypatch.setattr(backend, "restore_state", overtaken)
+    if is_given:
+        rbd.a.driver.migrate_disk_and_power_off(
+            None, instance, rbd.b.host.name, rbd.flavor(rbd.b), None
+        )
+        rbd.a.driver.finish_revert_migration(None, instance)
+    else:
+        rbd.a.driver._progress = lambda: Cancelling()
+        with pytest.raises((errors.MigrationError, errors.Cancelled)):
+            rbd.move(instance)
+    assert len(said) == 1 and "putting its disks back" in said[0]
+    assert rbd.a.state_of(instance) == "running"
+    assert holder(rbd.a, instance) == ("ten-alpha", None)
+    rbd.a.driver.destroy(None, instance, None)
+
+
 def test_a_copy_that_was_given_back_leaves_none(
     hosts: tuple[sandbox.Host, sandbox.Host],
     tmp_path: Path,

@@ -273,6 +273,28 @@ def test_from_whom_it_was_taken_may_not_begin_anew() -> None:
     assert one.tenures.stored is None
 
 
+def test_nobody_takes_it_while_its_disks_are_put_back() -> None:
+    one = Storage("one")
+    one.open = {"client"}
+    start("a", one, lambda: None)
+    with told("a", one).rewriting(of("one")):
+        with pytest.raises(errors.TakeOverRefused, match="putting its disks back"):
+            told("b", one).seize(of("one"), is_down=False)
+        assert one.now.host == "a"
+    assert one.now.clients == ()
+    told("b", one).seize(of("one"), is_down=False)
+    with pytest.raises(errors.HeldElsewhere), told("a", one).rewriting(of("one")):
+        raise AssertionError("it was put back")
+
+
+def test_what_could_not_be_put_back_is_not_taken() -> None:
+    one = Storage("one")
+    with pytest.raises(OSError), told("a", one).rewriting(of("one")):
+        raise OSError
+    with pytest.raises(errors.TakeOverRefused):
+        told("b", one).seize(of("one"), is_down=False)
+
+
 def test_others_may_have_what_has_left() -> None:
     one = Storage("one")
     told("a", one).take(of("one"))

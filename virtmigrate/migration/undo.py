@@ -182,17 +182,20 @@ class Undo:
         Once it may have been started here nothing is kept any more, so that a second
         call changes nothing.
         """
-        if not self._journal.has("freezing"):
+        kept = [volume for volume in self._transfer.volumes if volume.kept]
+        if not kept or not self._journal.has("freezing"):
             return
-        for volume in self._transfer.volumes:
-            if volume.kept:
-                backend = facts.source_of(self._here, self._original, volume)
-                backend.restore_state(volume.source, self._journal.operation)
-                found = backend.volumes.read(volume.source).body
-                if found.size != volume.length:
-                    # The peer had grown it.
-                    before = msgspec.structs.replace(found, size=volume.length)
-                    backend.update(before)
+        with self._here.tenures.rewriting(self._original):
+            for volume in kept:
+                self._restore_state(volume)
+
+    def _restore_state(self, volume: model.TransferVolume) -> None:
+        backend = facts.source_of(self._here, self._original, volume)
+        backend.restore_state(volume.source, self._journal.operation)
+        found = backend.volumes.read(volume.source).body
+        if found.size != volume.length:
+            # The peer had grown it.
+            backend.update(msgspec.structs.replace(found, size=volume.length))
 
     def _restore(self, power_on: bool) -> None:
         """Make the instance what it was; nothing happens if it was not stopped."""
