@@ -391,9 +391,9 @@ class VirtMigrateDriver:
         """
         takeover.run(self.node, uuid, power_on=power_on, host_is_down=host_is_down)
 
-    def write_off(self, operation: str, *, peer_is_lost: bool = False) -> None:
-        """Forget a debt at a peer; MigrationError for anything more than that."""
-        self._source.write_off(operation, peer_is_lost=peer_is_lost)
+    def write_off(self, operation: str, *, peer_is_lost: bool = False) -> str:
+        """Forget a debt at a peer, or end a move whose instance a third host has."""
+        return self._source.write_off(operation, peer_is_lost=peer_is_lost)
 
     def open_operations(self) -> list[tuple[str, str, str, str]]:
         """Return (operation, instance, peer, newest step) of moves not over."""

@@ -165,6 +165,19 @@ class Tenures:
         found = self._find(backend, uuid) if backend.capabilities.shared else None
         return found.host if found and self._host in found.lost else None
 
+    def is_lost(self, found: model.Instance, peer: str) -> bool:
+        """Tell whether a host took an instance over that is not of its move.
+
+        Arguments:
+            peer: the host that it was on its way to, from here.
+        """
+        try:
+            self.demand(found)
+            return False
+        except errors.HeldElsewhere as e:
+            takers = [self.taker(each, found.uuid) for each in self._shared(found)]
+            return e.holder != peer or any(takers)
+
     def seize(
         self,
         wanted: model.Instance,

@@ -257,15 +257,143 @@ def test_a_rollback_leaves_what_was_taken_over(rbd: Kinds) -> None:
             super().phase(phase, total)
 
     side.driver._progress = lambda: TakenOver()
-    with pytest.raises((errors.Error, errors.Cancelled)):
+    with pytest.raises(errors.NotRevertible, match="third took the instance over"):
         rbd.move(instance)
-    side.driver.settle()
+    (left,) = side.driver.settle()
+    end(side, instance, left)
     source = backend.source(volume, volume.size)
     with source:
         assert (source.read(0, MiB) or b"").startswith(b"of the third host")
     assert side.state_of(instance) is None
     backend.tenures.remove(instance.uuid)
     backend.remove(volume.name)
+
+
+def end(side: Side, instance: Any, said: str) -> None:
+    """End a move of what a third host took over, as an error says."""
+    (operation,) = [each[0] for each in side.driver.open_operations()]
+    assert f"virtmigrate host write-off {operation}" in said
+    argv = [sys.executable, "-m", "virtmigrate.cli.main"]
+    argv += ["--config-file", str(side.config), "host", "write-off", "-f", "json"]
+    done = subprocess.run(
+        [*argv, operation], capture_output=True, text=True, timeout=LONG
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["owes"] == "nothing"
+    assert side.driver.open_operations() == []
+    assert side.driver.settle() == []
+    assert side.driver.node.instances.find(instance.uuid) is None
+    found = tenure(side, instance)
+    assert found is not None
+    assert found.host == "third" and side.host.name not in found.lost
+
+
+def seized(side: Side, instance: Any) -> model.Volume:
+    """Have a third host take an instance over; return its disk."""
+    name = side.name
+    found = tenure(side, instance)
+    assert found is not None
+    backend = side.driver.node.backend(name)
+    (ref,) = found.record.disks
+    wanted = msgspec.structs.replace(
+        found.record, disks=(msgspec.structs.replace(ref, backend=name),)
+    )
+    Tenures({name: backend}, "third").seize(wanted, is_down=True)
+    return backend.volumes.read(ref.volume).body
+
+
+def clear(side: Side, instance: Any) -> None:
+    """Remove what is the third host's."""
+    backend = side.driver.node.backend(side.name)
+    backend.tenures.remove(instance.uuid)
+    for name in backend.volumes.names():
+        if backend.volumes.read(name).body.owner == instance.uuid:
+            backend.remove(name)
+
+
+@pytest.mark.parametrize("is_taken", [False, True], ids=["given", "taken"])
+def test_a_third_host_took_it_over_in_a_move(kinds: Kinds, is_taken: bool) -> None:
+    """Its source can end the move, and leaves what is the third host's."""
+    instance = kinds.spawn()
+    ticket = kinds.a.driver.migrate_disk_and_power_off(
+        None, instance, kinds.b.host.name, kinds.flavor(kinds.b), None
+    )
+    if is_taken:
+        kinds.b.driver.finish_migration(None, None, instance, ticket, None)
+    disk = seized(kinds.a, instance)
+    (operation,) = [each[0] for each in kinds.a.driver.open_operations()]
+    if is_taken:
+        with pytest.raises(errors.NotRevertible, match="destroy it there first"):
+            kinds.a.driver.write_off(operation)
+        (left,) = kinds.b.driver.settle()
+        assert "third's now" in left
+        kinds.b.driver.destroy(None, instance, None)
+    with pytest.raises(errors.NotRevertible, match="third took") as caught:
+        kinds.a.driver.finish_revert_migration(None, instance)
+    end(kinds.a, instance, str(caught.value))
+    if not is_taken:
+        with pytest.raises(errors.NotEntitled, match="is not known"):
+            kinds.b.driver.finish_migration(None, None, instance, ticket, None)
+    assert kinds.b.driver.settle() == []
+    assert kinds.a.state_of(instance) is None and kinds.b.state_of(instance) is None
+    backend = kinds.a.driver.node.backend(kinds.a.name)
+    assert backend.pool(disk.pool).has(disk.name)
+    clear(kinds.a, instance)
+    assert not [name for name in kinds.a.volumes() if "vda" in name]
+
+
+def test_an_end_that_was_killed_is_gone_on_with(
+    rbd: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not put the instance back, even if nobody has it any more."""
+    instance = rbd.spawn()
+    rbd.a.driver.migrate_disk_and_power_off(
+        None, instance, rbd.b.host.name, rbd.flavor(rbd.b), None
+    )
+    disk = seized(rbd.a, instance)
+    (operation,) = [each[0] for each in rbd.a.driver.open_operations()]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rbd.a.driver.node.instances, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rbd.a.driver.write_off(operation)
+    rbd.a.driver.node.backend(rbd.a.name).tenures.remove(instance.uuid)
+    assert rbd.a.driver.settle() == []
+    assert rbd.a.driver.open_operations() == []
+    assert rbd.a.state_of(instance) is None
+    assert rbd.a.driver.node.instances.find(instance.uuid) is None
+    backend = rbd.a.driver.node.backend(rbd.a.name)
+    assert backend.pool(disk.pool).has(disk.name)
+    clear(rbd.a, instance)
+
+
+def test_no_third_host_took_it_over(kinds: Kinds) -> None:
+    instance = kinds.spawn()
+    kinds.move(instance)
+    (operation,) = [each[0] for each in kinds.a.driver.open_operations()]
+    with pytest.raises(errors.MigrationError, match="confirm or revert it"):
+        kinds.a.driver.write_off(operation)
+    kinds.a.driver.confirm_migration(None, None, instance, None)
+    kinds.b.driver.destroy(None, instance, None)
+
+
+def test_a_confirm_leaves_what_a_third_host_took_over(
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> None:
+    with between(("rbd", "dir-ext4"), hosts, tmp_path, cluster) as kinds:
+        instance = kinds.spawn()
+        kinds.move(instance)
+        disk = seized(kinds.a, instance)
+        kinds.a.driver.confirm_migration(None, None, instance, None)
+        backend = kinds.a.driver.node.backend(kinds.a.name)
+        assert backend.pool(disk.pool).has(disk.name)
+        clear(kinds.a, instance)
+        kinds.b.driver.destroy(None, instance, None)
 
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["rollback", "revert"])

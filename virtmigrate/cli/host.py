@@ -52,7 +52,9 @@ class WriteOff(command.ShowOne):
     """Forget what an undone move still owes at a peer that is lost for good.
 
     Its instance is back here already. What the move left at the peer is not removed
-    any more, should that come back; its own driver reclaims it.
+    any more, should that come back; its own driver reclaims it. If another host took
+    the instance over this ends its move: what the move made is removed, here and at
+    the peer, and no disk of the instance.
     """
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -70,10 +72,11 @@ class WriteOff(command.ShowOne):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         with self.open() as session:
-            session.here().write_off(
+            owed = session.here().write_off(
                 parsed_args.operation, peer_is_lost=parsed_args.peer_is_lost
             )
-        return command.columns({"operation": parsed_args.operation, "owes": "nothing"})
+        values = {"operation": parsed_args.operation, "owes": owed or "nothing"}
+        return command.columns(values)
 
 
 class Retired(command.Lister):

@@ -301,7 +301,9 @@ class Departure:
         order, what is left of it is always found from its top.
         """
         found: list[model.Volume] = []
-        name = None if sent.shared else sent.source
+        # Whoever took it over meanwhile has what this host would remove.
+        holder = self._here.tenures.holder(backend, self._original.uuid)
+        name = None if sent.shared or holder is not None else sent.source
         while name is not None and (stored := backend.volumes.find(name)):
             converted = facts.is_converted(sent, stored.body)
             name = stored.body.backing if converted else None

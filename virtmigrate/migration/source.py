@@ -14,7 +14,8 @@ Steps in the journal of a departure:
     giving      the right may be given up
     given       it is; the ticket
     returned    the caller was told
-    restored    the instance is back; what is left is owed at the peer
+    lost        another host took the instance over; nothing is put back
+    restored    the instance is back, or lost; what is left is owed at the peer
     parked      what was sent stays there for a while, for the next attempt
     reverting   the caller wants it back, and the peer could not be asked
     abandoned   an operator said that the peer, which can't be asked, is lost
@@ -39,6 +40,9 @@ from virtmigrate.progress import Progress
 LOG = logging.getLogger(__name__)
 
 KIND = "departure"
+
+_ENDED = ("lost", "restored")
+"""Steps after which the caller has nothing to decide any more."""
 
 
 class Source:
@@ -149,11 +153,13 @@ class Source:
                 left.append(f"{journal.operation}: {e}")
         return left
 
-    def write_off(self, operation: str, *, peer_is_lost: bool = False) -> None:
+    def write_off(self, operation: str, *, peer_is_lost: bool = False) -> str:
         """Forget what a move that was undone still owes at its peer.
 
-        Volumes that are left there are its own to reclaim. Raises MigrationError
-        unless the instance is back here, and the peer can never take it any more.
+        Volumes that are left there are its own to reclaim. The move of an instance that
+        a third host took over is ended first, and its debts are paid; returns those
+        that could not be. Raises MigrationError unless the instance is back here, or
+        taken over, and the peer can never take it any more.
 
         Arguments:
             peer_is_lost: an operator's word that the peer, which cannot be asked,
@@ -162,8 +168,7 @@ class Source:
         for journal in self._journals():
             if journal.operation == operation:
                 with self._here.claimed(facts.original(journal).uuid):
-                    self._write_off(journal, peer_is_lost)
-                return
+                    return self._write_off(journal, peer_is_lost)
         raise errors.MigrationError(
             instance="?", operation=operation, reason="this host has no such move open"
         )
@@ -223,7 +228,11 @@ class Source:
                     return journal
         return None
 
-    def _write_off(self, journal: Journal, peer_is_lost: bool) -> None:
+    def _write_off(self, journal: Journal, peer_is_lost: bool) -> str:
+        undo = Undo(self._here, journal, self._peer_of)
+        if not journal.has("restored") and undo.is_lost():
+            LOG.warning("operation=%s its instance was taken over", journal.operation)
+            return undo.give_up(peer_is_lost=peer_is_lost)
         reason = ""
         if not journal.has("restored"):
             reason = f"its newest step is {journal.steps()[-1]}; confirm or revert it"
@@ -237,6 +246,7 @@ class Source:
             )
         journal.close()
         LOG.warning("operation=%s its debt is written off", journal.operation)
+        return ""
 
     def _still_owed(self, journal: Journal) -> str:
         """Return why the peer might take an instance that was taken back from it."""
@@ -371,6 +381,6 @@ class Source:
             self._confirm(journal)
         elif wish := journal.facts("reverting"):
             return self._undo(journal, power_on=bool(wish["power_on"]))
-        elif journal.has("restored") or not journal.has("returned"):
+        elif any(map(journal.has, _ENDED)) or not journal.has("returned"):
             return self._undo(journal, park=True)
         return ""

@@ -57,19 +57,16 @@ class Undo:
         if self._journal.has("confirmed"):
             raise self._not_revertible("it is confirmed")
         if not self._journal.has("restored"):
-            if self._journal.has("giving") and not self._journal.has("taken back"):
-                self._win_back(peer_is_lost)
-                self._here.tenures.take(self._original)
-                self._journal.done("taken back")
-            elif self._journal.has("stopping"):
-                # Whoever took it over meanwhile may be writing to what was kept.
-                self._here.tenures.demand(self._original)
-            self._restore_states()
-            self._restore(power_on)
-            self._let_go()
-            self._drop_layers()
-            facts.drop_memory(self._here, self._journal)
-            self._journal.done("restored")
+            if self._journal.has("lost"):
+                return self.give_up()
+            try:
+                self._put_back(power_on, peer_is_lost)
+            except errors.HeldElsewhere as e:
+                raise self._not_revertible(
+                    f"{e.holder} took the instance over, and nothing is put back here. "
+                    f"`virtmigrate host write-off {self._journal.operation}` ends this "
+                    "move"
+                ) from e
             if park and self._is_worth_parking():
                 until = time.time() + float(self._here.options.resume_age)
                 self._journal.done("parked", until=until)
@@ -77,7 +74,64 @@ class Undo:
             return ""
         return self._clean_peer()
 
+    def is_lost(self) -> bool:
+        """Tell whether a host that is not of this move took the instance over."""
+        is_open = self._journal.has("stopping") and not self._journal.has("confirmed")
+        peer = self._transfer.peer
+        return is_open and self._here.tenures.is_lost(self._original, peer)
+
+    def give_up(self, *, peer_is_lost: bool = False) -> str:
+        """End the move of an instance that is lost; can run twice.
+
+        What only this move made is removed, and what this host knows of the instance.
+        Its disks are another host's, the layers over them too. Returns what is still
+        owed at the peer.
+
+        Raises MigrationUndecided, NotRevertible (the peer has it): nothing was done.
+        """
+        if self._journal.has("giving") and not self._journal.has("taken back"):
+            # Of copies that it has the peer could make a second one.
+            self._win_back(peer_is_lost, fence=False)
+            self._journal.done("taken back")
+        self._journal.done("lost")
+        self._forget()
+        for volume in self._transfer.volumes:
+            if volume.kept and self._journal.has("freezing"):
+                backend = facts.source_of(self._here, self._original, volume)
+                backend.drop_state(volume.source, self._journal.operation)
+        facts.drop_memory(self._here, self._journal)
+        self._journal.done("restored")
+        return self._clean_peer()
+
     # Private
+
+    def _put_back(self, power_on: bool, peer_is_lost: bool) -> None:
+        if self._journal.has("giving") and not self._journal.has("taken back"):
+            self._win_back(peer_is_lost)
+            self._here.tenures.take(self._original)
+            self._journal.done("taken back")
+        elif self._journal.has("stopping"):
+            # Whoever took it over meanwhile may be writing to what was kept.
+            self._here.tenures.demand(self._original)
+        self._restore_states()
+        self._restore(power_on)
+        self._let_go()
+        self._drop_layers()
+        facts.drop_memory(self._here, self._journal)
+        self._journal.done("restored")
+
+    def _forget(self) -> None:
+        """Remove what this move says of the instance here; what else there is of it
+        goes when it is destroyed here."""
+        uuid = self._original.uuid
+        own = self._here.own_record(uuid)
+        if own is not None and own.operation != self._journal.operation:
+            return
+        if own is not None:
+            self._here.domains.kill(uuid)
+            self._here.domains.undefine(uuid)
+            self._here.instances.remove(uuid)
+        self._here.tenures.renounce(uuid, self._here.up())
 
     def _is_worth_parking(self) -> bool:
         """Tell whether bytes were sent, and the right never was about to be."""
@@ -89,13 +143,14 @@ class Undo:
         """Tell whether this attempt began with what an earlier one left."""
         return bool(facts.facts(self._journal, "begun").get("reserved"))
 
-    def _win_back(self, peer_is_lost: bool) -> None:
+    def _win_back(self, peer_is_lost: bool, *, fence: bool = True) -> None:
         try:
             self._take_back()
         except errors.MigrationUndecided as e:
             if not peer_is_lost:
                 raise
-            self._fence()
+            if fence:
+                self._fence()
             self._journal.done("abandoned")
             LOG.warning(
                 "operation=%s instance=%s is taken back on an operator's word: %s",
@@ -116,6 +171,8 @@ class Undo:
         holders = frozenset({self._here.name, self._transfer.peer})
         try:
             self._here.tenures.seize(self._original, is_down=True, holders=holders)
+        except errors.HeldElsewhere:
+            raise
         except (errors.StorageError, errors.InstanceError) as e:
             raise self._not_revertible(
                 f"{self._transfer.peer} cannot be kept from its disks: {e}"
