@@ -174,9 +174,9 @@ with nbdserver.Server([layer], 1):
 
 
 def test_what_a_killed_process_left_is_removed(
-    chain: list[Layer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: list[Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    private = tmp_path / "private"
+    private = Path(tempfile.gettempdir())
     argv = [sys.executable, "-c", KILLED, chain[1].source]
     done = subprocess.run(
         argv, env={**os.environ, "TMPDIR": str(private)}, timeout=SECONDS
@@ -198,7 +198,7 @@ def test_what_is_no_directory_of_ours_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nbdserver, "_MAKING", -1)
-    private, elsewhere = tmp_path / "private", tmp_path / "elsewhere"
+    private, elsewhere = Path(tempfile.gettempdir()), tmp_path / "elsewhere"
     elsewhere.mkdir()
     others = [private / "virtmigrate-nbd-link", private / "virtmigrate-nbd-file"]
     others[0].symlink_to(elsewhere)
