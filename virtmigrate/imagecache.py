@@ -146,11 +146,14 @@ class ImageCache:
         """Drop idle images beyond the backend's limits; return them.
 
         The least recently used goes first. One that is referenced, held, pinned or
-        being fetched stays, whatever the limits say.
+        being fetched stays, whatever the limits say. With them go old slots of what
+        was not fetched, or is gone.
         """
-        cached = self.shelf.all()
-        beyond = list(self.shelf.beyond(cached))
-        return beyond if dry_run else self.shelf.drop(beyond)
+        beyond = list(self.shelf.beyond(self.shelf.all()))
+        if dry_run:
+            return beyond
+        self._slots.sweep(self._backend.volumes.newest, self._lease)
+        return self.shelf.drop(beyond)
 
     def check(self, cached: shelf.Cached, progress: Progress) -> str:
         """Read an image again; return what is wrong with it, "" if nothing.
@@ -166,11 +169,10 @@ class ImageCache:
         return said
 
     def sweep(self) -> None:
-        """Remove all leftovers, what lies in staging without a fetcher, old slots."""
+        """Remove all leftovers, and what lies in staging without a fetcher."""
         staging.sweep(self._here)
         for stored in self.shelf.leftovers():
             self.shelf.clear(stored)
-        self._slots.sweep(self._backend.volumes.newest, self._lease)
 
     # Private
 

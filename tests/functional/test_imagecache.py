@@ -330,13 +330,15 @@ def test_the_slot_of_a_failure_goes(place: Place) -> None:
     with pytest.raises(errors.ImageRefused):
         place.cache.obtain(failing)
     assert len(held.all()) == 2
-    place.cache.sweep()
+    place.cache.prune()
     assert len(held.all()) == 2
     time.sleep(1.5)
     claim = held.claim("ab" * 16, "x", None, "h")
     assert claim is not None
-    lease = 1 / slots._PATIENCE
-    assert held.sweep(place.backend.volumes.newest, lease) == 1
+    place.cache._lease = 1 / slots._PATIENCE
+    place.cache.prune(dry_run=True)
+    assert len(held.all()) == 3
+    assert place.cache.prune() == []
     assert image.image is not None
     assert set(held.all()) == {image.image.key, claim.key}
     assert held.sweep(place.backend.volumes.newest, LEASE) == 0

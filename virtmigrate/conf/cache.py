@@ -40,9 +40,10 @@ cache_opts = [
         "image_seed_bandwidth_mib",
         default=0,
         min=0,
-        help="MiB per second that one process reads of images that are fetched before "
-        "they are needed (`cache_image`), all together; 0: no limit. What an instance "
-        "needs at once is not held back, unless it waits for such a fetch.",
+        help="MiB per second that one process reads from sources of images that are "
+        "fetched before they are needed (`cache_image`), all together; 0: no limit. "
+        "What an instance needs at once is not held back, unless it waits for such a "
+        "fetch; what comes from image_peers is bounded by bandwidth_mib.",
     ),
     cfg.IntOpt(
         "image_seed_max",
