@@ -640,6 +640,35 @@ def test_seeds_take_turns(place: Place) -> None:
     assert there.reads == 1
 
 
+@pytest.mark.parametrize("place", ["dir-xfs"], indirect=True)
+def test_a_volume_whose_host_hung(
+    place: Place, alpha: sandbox.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt goes on with what it was asked for when it wakes up."""
+    place.side.configure(call_timeout=3)
+    backend = place.side.driver.node.backend(place.backend.name)
+    made = place.volume(place.cache.obtain(place.source()))
+    create = storagepool.Pool.create_raw
+
+    def hanging(self: Any, name: str, size: int) -> None:
+        if name != made.name:
+            create(self, name, size)
+            return
+        alpha.freeze()
+        try:
+            create(self, name, size)
+        finally:
+            alpha.thaw()
+
+    monkeypatch.setattr(storagepool.Pool, "create_raw", hanging)
+    with pytest.raises(errors.HostTimeout):
+        backend.allocate(made)
+    time.sleep(1)
+    left = backend.volumes.find(made.name)
+    assert left is not None or not backend.incoming.has(made.name)
+    backend.remove(made.name)
+
+
 # Counted on
 
 

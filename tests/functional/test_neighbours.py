@@ -53,7 +53,10 @@ def kinds(
         yield made
         # Others have the cluster's pool after us.
         for side in (made.a, made.b):
+            backend = side.driver.node.backend(side.name)
             for each in cache(side).shelf.all():
+                for operation in each.holders:
+                    backend.images.release(operation)
                 cache(side).remove(each)
 
 
@@ -221,6 +224,33 @@ def test_a_peer_that_goes_away_in_the_middle(
         patch.setattr(reading.VolumeSource, "read", gone)
         expect_from_its_source(kinds, source)
     expect_no_trace(kinds.a)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_peer_that_hangs(
+    kinds: Kinds,
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """It costs what waiting for any host costs, and no more."""
+    source, there = Known(kinds.image), hosts[0]
+    cache(kinds.a).obtain(source)
+    real = reading.VolumeSource.read
+
+    def freezing(self: Any, start: int, end: int) -> bytes | None:
+        there.freeze()
+        return real(self, start, end)
+
+    began = time.monotonic()
+    try:
+        if when == "before":
+            there.freeze()
+        monkeypatch.setattr(reading.VolumeSource, "read", freezing)
+        expect_from_its_source(kinds, source)
+    finally:
+        there.thaw()
+    assert time.monotonic() - began < 100
 
 
 def test_it_is_held_meanwhile(kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
