@@ -315,10 +315,7 @@ class States(Domains):
             if not job:
                 _commit(domain, target, top, base, is_active=chain[0] == top)
             elif chain[0] == top and job["cur"] == job["end"] and job["end"] > 0:
-                # It refuses while the last blocks are on their way.
-                with contextlib.suppress(libvirt.libvirtError):
-                    pivot = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
-                    domain.blockJobAbort(target, pivot)
+                _pivot(domain, target)
             return False
 
 
@@ -376,6 +373,12 @@ def _commit(
 ) -> None:
     flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if is_active else 0
     domain.blockCommit(target, base, None if is_active else top, 0, flags)
+
+
+def _pivot(domain: "libvirt.virDomain", target: str) -> None:
+    # It refuses while the last blocks are on their way.
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
 
 
 def _stand_in_xml(uuid: str, chain: Sequence[domainxml.Layer], arch: str) -> str:

@@ -23,7 +23,10 @@ from virtmigrate import conf as options
 from virtmigrate import instance, journal, storagepool
 from virtmigrate.driver import VirtMigrateDriver
 
-POINTS: list[tuple[type, str]] = [
+Point = tuple[Any, str]
+"""A class or a module, and the name of what is called there."""
+
+POINTS: list[Point] = [
     (journal.Journal, "done"),
     (journal.Journal, "close"),
     (storagepool.Pool, "create_raw"),
@@ -40,12 +43,17 @@ POINTS: list[tuple[type, str]] = [
 ]
 
 
+DURING = 0.05
+"""Seconds that a call goes on in libvirt before its caller is killed."""
+
+
 class Killer:
     """Counts points; at the chosen one the process ends as by a power cut."""
 
     def __init__(self, point: int) -> None:
         self.count = 0
         self._point = point
+        self._timer: threading.Timer | None = None
 
     def reach(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -53,11 +61,26 @@ class Killer:
             return
         self.count += 1
         if self.count == self._point:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die()
 
     def arm(self) -> None:
         for owner, name in POINTS:
             setattr(owner, name, self._wrapped(getattr(owner, name)))
+
+    def arm_before(self, points: list[Point], during: list[Point]) -> None:
+        """Kill before a call only: what is after it is before the next one.
+
+        Arguments:
+            during: calls that may be killed while libvirt is at them, too.
+        """
+        for owner, name in [*points, *during]:
+            lasts = (owner, name) in during
+            setattr(owner, name, self._preceded(getattr(owner, name), lasts))
+
+    def end(self) -> None:
+        """Wait for a kill that is on its way."""
+        if self._timer is not None:
+            self._timer.join()
 
     def _wrapped(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -67,6 +90,22 @@ class Killer:
             return result
 
         return call
+
+    def _preceded(self, method: Callable[..., Any], lasts: bool) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.reach()
+            if lasts:
+                self.count += 1
+            if lasts and self.count == self._point:
+                self._timer = threading.Timer(DURING, _die)
+                self._timer.start()
+            return method(*args, **kwargs)
+
+        return call
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def driver(settings: dict[str, Any]) -> VirtMigrateDriver:

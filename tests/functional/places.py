@@ -128,8 +128,9 @@ SHARE = {
     r"test_nobody_sees_old_bytes\[(discard|none)": 0,
     r"test_lvm\.py.*(_goes_on_|_from_a_|_between_|_layers_|_resized_)": 0,
     r"test_sandbox_machine\.py": 0,
+    r"test_snapshot_kills\.py": 6,
 }
-"""How many tests `make test` takes of those whose place is slow; --full takes all."""
+"""How many tests `make test` takes of those that are slow; --full takes all."""
 
 AFAR = frozenset({"lvm"})
 """Kinds whose place is a machine."""

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshots of instances on files: each written to before and after."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import libvirt_qemu
 import pytest
 
 from sandbox import guest as guests
 from tests.functional.conftest import Node, World
+from tests.functional.guestdisk import byte, power, write
 from virtmigrate import consistency, errors
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
-from virtmigrate.units import MiB
 
 POWERS = ("running", "paused", "off")
 
@@ -23,33 +21,6 @@ POWERS = ("running", "paused", "off")
 def guest(world: World) -> Any:
     """A guest without a system, that runs: what it wrote is written for it."""
     return world.spawn(world.a)
-
-
-def write(node: Node, instance: Any, byte: int, offset: int = 2 * MiB) -> None:
-    """Have QEMU write a block to the disk, as the guest would."""
-    device = "/machine/peripheral/virtio-disk0/virtio-backend"
-    line = f'qemu-io -d {device} "write -f -P {byte} {offset} 64k"'
-    command = {
-        "execute": "human-monitor-command",
-        "arguments": {"command-line": line},
-    }
-    with node.libvirt() as conn:
-        domain = conn.lookupByUUIDString(instance.uuid)
-        said = libvirt_qemu.qemuMonitorCommand(domain, json.dumps(command), 0)
-    assert "error" not in json.loads(said)
-
-
-def byte(world: World, instance: Any, offset: int = 2 * MiB) -> int:
-    found = world.read(world.a, instance)[offset : offset + 64 * 1024]
-    assert len(set(found)) == 1
-    return found[0]
-
-
-def power(node: Node, instance: Any, wanted: str) -> None:
-    if wanted == "off":
-        node.driver.power_off(instance)
-    elif wanted == "paused":
-        node.driver.pause(instance)
 
 
 @pytest.mark.parametrize("state", POWERS)
