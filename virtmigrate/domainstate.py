@@ -157,14 +157,11 @@ class States(Domains):
             described: see inside_xml().
             paused: how it is to be afterwards, if the state has memory.
         """
-        flags = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE
-        flags |= (
-            libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED
-            if paused
-            else libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING
-        )
-        if "<state>shutoff</state>" in described:
-            flags = 0
+        flags = 0
+        if "<state>shutoff</state>" not in described:
+            running = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING
+            flags = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED if paused else running
+            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE
         with self._described(uuid, described) as (domain, snapshot):
             domain.revertToSnapshot(snapshot, flags)
 

@@ -145,11 +145,25 @@ def remaining_parent(
     return parent
 
 
-def volumes(snapshots: Snapshots) -> set[tuple[str, str]]:
-    """Return (backend, volume) of all that they hold, memory too."""
-    disks = {(d.backend, d.volume) for each in snapshots for d in each.disks}
-    memories = {(each.memory_backend, each.memory_volume) for each in snapshots}
-    return disks | (memories - {("", "")})
+def volumes(snapshots: Snapshots, *places: Place) -> set[tuple[str, str]]:
+    """Return (backend, volume) of the disks that they hold in some places."""
+    return {
+        (disk.backend, disk.volume)
+        for each in snapshots
+        for disk in each.disks
+        if disk.place in places
+    }
+
+
+def memories(snapshots: Snapshots) -> set[tuple[str, str]]:
+    """Return (backend, volume) of the memory that they hold outside of disks."""
+    found = {(each.memory_backend, each.memory_volume) for each in snapshots}
+    return found - {("", "")}
+
+
+def is_inside(snapshot: Snapshot) -> bool:
+    """Tell whether it keeps anything inside of volumes."""
+    return any(disk.place is Place.INTERNAL for disk in snapshot.disks)
 
 
 def with_volume(snapshots: Snapshots, backend: str, old: str, new: str) -> Snapshots:

@@ -7,6 +7,7 @@ finish() goes on with what a kill left.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import msgspec
@@ -16,11 +17,12 @@ from virtmigrate import errors, model, node, snapshottree
 from virtmigrate.model import Changing
 from virtmigrate.progress import Progress
 from virtmigrate.snapshot.creation import Creation
+from virtmigrate.snapshot.reverting import Plan as ReturnPlan
 from virtmigrate.snapshot.reverting import Reverting
 from virtmigrate.snapshot.terms import Return, Step, Wanted
 from virtmigrate.snapshot.tidying import Tidying
-from virtmigrate.snapshot.work import Work, new_operation
-from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot
+from virtmigrate.snapshot.work import FIXED, Work, new_operation
+from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
 
 LOG = logging.getLogger(__name__)
 
@@ -59,14 +61,12 @@ class Snapshots:
         """
         with self._work(uuid) as work:
             plan = Reverting(work).plan(wanted)
+            last = self._last(work, wanted, plan) if wanted.keep else None
             if wanted.delete_children:
                 gone = snapshottree.descendants(work.found.snapshots, plan.snapshot.id)
                 for each in gone:
                     self._delete(work, (each,))
-            if wanted.keep:
-                last = Wanted(
-                    name=wanted.keep, layer=wanted.layer, by=wanted.by, kind=Kind.DISK
-                )
+            if last is not None:
                 Creation(work, progress).run(last)
             # What the two changed, the plan has to know.
             plan = Reverting(work).plan(wanted)
@@ -84,7 +84,14 @@ class Snapshots:
             itself: delete it; False, with children: only those.
         """
         with self._work(uuid) as work:
-            self._delete(work, self._doomed(work, key, children, itself))
+            gone = self._doomed(work, key, children, itself)
+            outside = tuple(each for each in gone if not snapshottree.is_inside(each))
+            if outside or not gone:
+                self._delete(work, outside)
+            # What stood on these is merged into their volumes by now.
+            for each in gone:
+                if each not in outside:
+                    self._delete(work, (each,))
 
     def plan_create(self, uuid: str, wanted: Wanted) -> list[Step]:
         """Return what create() would do."""
@@ -160,6 +167,35 @@ class Snapshots:
         else:
             Tidying(work).run(found)
 
+    def _last(self, work: Work, wanted: Return, plan: ReturnPlan) -> Wanted:
+        """Return what keeps the state that a revert leaves.
+
+        Inside, where the revert needs that volume as it is: a layer over it would be
+        in its way. Raises what taking it would.
+        """
+        inside = {
+            (disk.backend, disk.volume)
+            for disk in plan.snapshot.disks
+            if disk.place is Place.INTERNAL
+        }
+        found = work.found
+        has_state = any((ref.backend, ref.volume) in inside for ref in found.disks)
+        last = Wanted(name=wanted.keep, layer=wanted.layer, by=wanted.by)
+        if has_state:
+            is_off = work.taken() is Taken.OFF
+            last = dataclasses.replace(
+                last,
+                kind=Kind.DISK if is_off else Kind.CHECKPOINT,
+                memory=Memory.NONE if is_off else Memory.INTERNAL,
+                places={
+                    ref.target: Place.INTERNAL
+                    for ref in found.disks
+                    if ref.role not in FIXED
+                },
+            )
+        Creation(work).plan(last)
+        return last
+
     def _doomed(
         self, work: Work, key: str, children: bool, itself: bool
     ) -> tuple[Snapshot, ...]:
@@ -193,12 +229,12 @@ class Snapshots:
         for disk in snapshot.disks:
             if disk.place is Place.INTERNAL:
                 users = work.backend(disk).users(disk.volume)
-                if users:
+                if users and not work.states.is_off(work.uuid):
                     raise work.refused(
                         "deleting",
                         f"{snapshot.name} lies inside of {disk.volume}, and "
-                        f"{', '.join(sorted(users))} stands on that: delete what was "
-                        "taken after it first",
+                        f"{', '.join(sorted(users))} stands on that: turn the guest "
+                        "off, or delete what was taken after it first",
                     )
 
     def _drop(self, work: Work, found: model.Instance) -> None:

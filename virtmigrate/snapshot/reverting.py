@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, model
+from virtmigrate import domainxml, model, snapshottree
 from virtmigrate.model import Changing, VolumeState
 from virtmigrate.snapshot import rules
 from virtmigrate.snapshot.terms import Return, Step
@@ -74,7 +74,7 @@ class Reverting:
         disks, layers, detached = self._disks(
             found, snapshot, configuration, wanted.layer, operation
         )
-        self._demand_chains(disks, snapshot)
+        self._demand_chains(found, disks, snapshot)
         places = {each.place for each in snapshot.disks}
         return Plan(
             snapshot=snapshot,
@@ -133,6 +133,7 @@ class Reverting:
         snapshot = change.snapshot
         if change.what is Changing.REVERTING:
             work.states.kill(work.uuid)
+            self._thaw(found)
             self._restore_states(snapshot)
             text = work.states.xml(work.uuid)
             if change.configuration:
@@ -193,16 +194,19 @@ class Reverting:
         return [*found.disks, *back]
 
     def _demand_chains(
-        self, disks: tuple[model.DiskRef, ...], snapshot: Snapshot
+        self,
+        found: model.Instance,
+        disks: tuple[model.DiskRef, ...],
+        snapshot: Snapshot,
     ) -> None:
         """Refuse to change a volume that others stand on."""
         inside = {d.volume for d in snapshot.disks if d.place is not Place.EXTERNAL}
+        frozen = snapshottree.volumes(found.snapshots, Place.EXTERNAL)
         for ref in disks:
             if ref.volume not in inside:
                 continue
             users = self._work.backend(ref).users(ref.volume)
-            frozen = self._work.volume(ref.backend, ref.volume).state
-            if users or frozen is VolumeState.FROZEN:
+            if users or (ref.backend, ref.volume) in frozen:
                 raise self._work.refused(
                     _DOING,
                     f"the state of {ref.target} lies in {ref.volume}, and "
@@ -218,6 +222,15 @@ class Reverting:
         if snapshot.kind is Kind.CHECKPOINT:
             return snapshot.taken.value
         return self._work.taken().value
+
+    def _thaw(self, found: model.Instance) -> None:
+        """Say of the volumes that the guest writes to from now on that they change."""
+        for ref in found.disks:
+            backend = self._work.backend(ref)
+            volume = self._work.volume(ref.backend, ref.volume)
+            if volume.state is VolumeState.FROZEN:
+                usable = msgspec.structs.replace(volume, state=VolumeState.USABLE)
+                backend.update(usable)
 
     def _restore_states(self, snapshot: Snapshot) -> None:
         for disk in snapshot.disks:

@@ -6,6 +6,8 @@ snapshot is taking it out of the tree, and this. A volume that nobody names goes
 nothing stands on it. When one layer does, that is written into it, and the two are one.
 When several do, they share it, and it stays. So does one whose only layer is shared
 itself: what a layer stands on is named in its header, too, and only QEMU writes there.
+A volume with states inside of it takes a layer in, but is never written into another
+one: they would be lost.
 """
 
 import msgspec
@@ -16,10 +18,13 @@ from virtmigrate.backends import base
 from virtmigrate.model import Role, VolumeState
 from virtmigrate.snapshot.terms import Step
 from virtmigrate.snapshot.work import Work
+from virtmigrate.snapshottree import Place
 
 LOG = logging.getLogger(__name__)
 
 Owned = tuple[base.Backend, model.Volume]
+Names = set[tuple[str, str]]
+"""Of volumes, each with its backend."""
 
 
 class Tidying:
@@ -31,8 +36,8 @@ class Tidying:
     def plan(self, found: model.Instance) -> list[Step]:
         """Return what would be done if this were the instance's record."""
         steps, owned = [], self._work.owned()
-        named = _named(found)
-        while (next_one := _first(owned, named)) is not None:
+        named, holders = _named(found), _holders(found)
+        while (next_one := _first(owned, named, holders)) is not None:
             (backend, volume), above = next_one
             owned = [each for each in owned if each[1].name != volume.name]
             if above is None:
@@ -52,7 +57,7 @@ class Tidying:
         assert found.change is not None
         if found.change.layer is not None:
             found = self._merge(found)
-        while (next_one := _first(self._work.owned(), _named(found))) is not None:
+        while (next_one := self._next(found)) is not None:
             (backend, volume), above = next_one
             if above is None:
                 backend.remove(volume.name)
@@ -63,6 +68,9 @@ class Tidying:
         return self._work.publish(found, change=None)
 
     # Private
+
+    def _next(self, found: model.Instance) -> tuple[Owned, model.Volume | None] | None:
+        return _first(self._work.owned(), _named(found), _holders(found))
 
     def _begin(
         self, found: model.Instance, backend: base.Backend, above: model.Volume
@@ -154,23 +162,31 @@ class Tidying:
 # Private
 
 
-def _named(found: model.Instance) -> set[tuple[str, str]]:
-    """Return (backend, volume) of all that an instance has a use for."""
+def _named(found: model.Instance) -> Names:
+    """Return all that an instance has a use for as it is."""
     disks = {(ref.backend, ref.volume) for ref in (*found.disks, *found.detached)}
-    return disks | snapshottree.volumes(found.snapshots)
+    frozen = snapshottree.volumes(found.snapshots, Place.EXTERNAL, Place.OWN)
+    return disks | frozen | snapshottree.memories(found.snapshots)
+
+
+def _holders(found: model.Instance) -> Names:
+    """Return what states lie inside of: the rest of it may change."""
+    return snapshottree.volumes(found.snapshots, Place.INTERNAL)
 
 
 def _first(
-    owned: list[Owned], named: set[tuple[str, str]]
+    owned: list[Owned], named: Names, holders: Names
 ) -> tuple[Owned, model.Volume | None] | None:
     """Return a volume that nobody names, and the one layer on it, if there is one."""
     for backend, volume in owned:
         if (backend.name, volume.name) in named or not _is_ours(volume):
             continue
         above = _standing_on(owned, backend, volume)
-        if not above:
+        if not above and (backend.name, volume.name) not in holders:
             return (backend, volume), None
-        if len(above) == 1 and len(_standing_on(owned, backend, above[0])) <= 1:
+        if len(above) != 1 or (backend.name, above[0].name) in holders:
+            continue
+        if len(_standing_on(owned, backend, above[0])) <= 1:
             return (backend, volume), above[0]
     return None
 

@@ -192,8 +192,35 @@ class Work:
         for disk in snapshot.disks:
             if disk.place is Place.OWN:
                 self.backend(disk).drop_state(disk.volume, snapshot.id)
-        if any(disk.place is Place.INTERNAL for disk in snapshot.disks):
+        inside = [disk for disk in snapshot.disks if disk.place is Place.INTERNAL]
+        if not inside:
+            return
+        tops = {} if self.states.is_off(self.uuid) else self.states.tops(self.uuid)
+        paths = {disk.target: self._path(disk) for disk in inside}
+        if not tops or all(tops.get(each) == path for each, path in paths.items()):
             self.states.drop_inside(self.uuid, self.described(snapshot))
+            return
+        for disk in inside:
+            self._drop_aside(snapshot, disk)
+
+    # Private
+
+    def _path(self, disk: snapshottree.FrozenDisk) -> str:
+        return self.backend(disk).path(self.volume(disk.backend, disk.volume))
+
+    def _drop_aside(self, snapshot: Snapshot, disk: snapshottree.FrozenDisk) -> None:
+        """Drop a state inside of a volume that the guest does not run with."""
+        states = self.states
+        arch = domainxml.arch(states.xml(self.uuid))
+        with states.stand_in(self.backend(disk).layers(disk.volume), arch) as uuid:
+            described = domainstate.inside_xml(
+                snapshot.id,
+                snapshot.created,
+                Taken.PAUSED.value,
+                states.secure_xml(uuid),
+                memory=True,
+            )
+            states.drop_inside(uuid, described)
 
 
 def told(found: model.Instance) -> str:
