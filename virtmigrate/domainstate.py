@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libvirt freezes, saves, restores and merges of a domain.
+"""What libvirt freezes, saves and restores of a domain.
 
 libvirt's own snapshots are used without their metadata: that would forbid migration,
 and libvirt 9.0 can go back to few of them. Where it needs them to go back to a state
@@ -9,15 +9,14 @@ inside of a volume, they are made for the time of that call.
 import contextlib
 import threading
 import time
-import uuid as uuids
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import libvirt
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, xml
-from virtmigrate.instance import Domains, Power
+from virtmigrate import domainxml, errors, merging, xml
+from virtmigrate.instance import Power
 from virtmigrate.progress import Progress
 
 LOG = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Freeze:
     """Path of the file that its memory comes to."""
 
 
-class States(Domains):
+class States(merging.Merges):
     """The states of one host's domains. Safe to share between threads."""
 
     # From outside of the volumes
@@ -73,7 +72,10 @@ class States(Domains):
         text = _freeze_xml(wanted, targets)
 
         def run() -> None:
-            with self._domain(uuid, "freezing it", timeout=_CALL) as domain:
+            with (
+                self._once_paused(uuid),
+                self._domain(uuid, "freezing it", timeout=_CALL) as domain,
+            ):
                 domain.snapshotCreateXML(text, flags)
 
         self._watched(uuid, run, progress, timeout)
@@ -170,41 +172,30 @@ class States(Domains):
         with self._described(uuid, described, "dropping a state") as (_, snapshot):
             snapshot.delete(0)
 
-    # Merging
-
-    def merge(self, uuid: str, target: str, top: str, base: str) -> None:
-        """Write a layer of a running domain's disk into the one below it.
-
-        Where it is the top the guest writes to the other one from then on. The layer
-        itself stays. Nothing happens when that is so already; can be called again.
-
-        Arguments:
-            top, base: paths.
-        """
-        if top not in self._chain(uuid, target):
-            return
-        while not self._merged(uuid, target, top, base):
-            time.sleep(_LOOK)
-
-    @contextlib.contextmanager
-    def stand_in(self, chain: Sequence[domainxml.Layer], arch: str) -> Iterator[str]:
-        """Run a domain without a guest that has a disk, and yield its UUID.
-
-        So that QEMU does to the layers of a guest that is off what it does to those
-        of a running one, and nothing but this chain is believed. It ends with the
-        connection, if not before.
-        """
-        uuid = str(uuids.uuid4())
-        text = _stand_in_xml(uuid, chain, arch)
-        flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
-        with self.host.session("opening layers of a disk", timeout=_CALL) as session:
-            session.conn.createXML(text, flags)
-            try:
-                yield uuid
-            finally:
-                self.kill(uuid)
+    def save_to(self, uuid: str, path: str) -> None:
+        with self._once_paused(uuid):
+            super().save_to(uuid, path)
 
     # Private
+
+    @contextlib.contextmanager
+    def _once_paused(self, uuid: str) -> Iterator[None]:
+        """Say plainly what QEMU 7.2 refuses: it keeps its state `postmigrate`."""
+        try:
+            yield
+        except errors.LibvirtFailed as e:
+            if "paused due to previous migration" not in str(e):
+                raise
+            raise self._failed(
+                uuid,
+                "QEMU writes the memory of a guest once while it is paused: let it "
+                "run, or keep the memory inside",
+            ) from e
+
+    def _failed(self, uuid: str, reason: str) -> errors.SnapshotFailed:
+        return errors.SnapshotFailed(
+            doing="snapshot", instance=uuid, host=self.host.name, reason=reason
+        )
 
     def _watched(
         self,
@@ -255,12 +246,7 @@ class States(Domains):
             except errors.Cancelled as e:
                 ended = ended or e
             if time.monotonic() > deadline and ended is None:
-                ended = errors.SnapshotFailed(
-                    doing="snapshot",
-                    instance=uuid,
-                    host=self.host.name,
-                    reason=f"it took longer than {timeout:g} s",
-                )
+                ended = self._failed(uuid, f"it took longer than {timeout:g} s")
             if ended is not None:
                 with contextlib.suppress(errors.LibvirtFailed):
                     self._abort(uuid)
@@ -295,25 +281,6 @@ class States(Domains):
                 # What a killed process left goes in the same way: it is redefined.
                 with contextlib.suppress(libvirt.libvirtError):
                     snapshot.delete(only)
-
-    def _chain(self, uuid: str, target: str) -> list[str]:
-        for disk in domainxml.disks(self.live_xml(uuid)):
-            if disk.target == target:
-                return [layer.source for layer in disk.chain]
-        return []
-
-    def _merged(self, uuid: str, target: str, top: str, base: str) -> bool:
-        """Go one step on with a merge; tell whether it is over."""
-        chain = self._chain(uuid, target)
-        with self._domain(uuid, f"merging a layer of {target}") as domain:
-            job = domain.blockJobInfo(target, 0)
-            if not job and top not in chain:
-                return True
-            if not job:
-                _commit(domain, target, top, base, is_active=chain[0] == top)
-            elif chain[0] == top and job["cur"] == job["end"] and job["end"] > 0:
-                _pivot(domain, target)
-            return False
 
 
 def inside_xml(name: str, created: float, taken: str, domain: str, memory: bool) -> str:
@@ -363,35 +330,3 @@ def _freeze_xml(wanted: Freeze, targets: Sequence[str]) -> str:
         else:
             disk.set("snapshot", "manual" if target in wanted.held else "no")
     return xml.write(root)
-
-
-def _commit(
-    domain: "libvirt.virDomain", target: str, top: str, base: str, *, is_active: bool
-) -> None:
-    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if is_active else 0
-    domain.blockCommit(target, base, None if is_active else top, 0, flags)
-
-
-def _pivot(domain: "libvirt.virDomain", target: str) -> None:
-    # It refuses while the last blocks are on their way.
-    with contextlib.suppress(libvirt.libvirtError):
-        domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-
-
-def _stand_in_xml(uuid: str, chain: Sequence[domainxml.Layer], arch: str) -> str:
-    return domainxml.build(
-        domainxml.Domain(
-            uuid=uuid,
-            name=f"virtmigrate-merge-{uuid}",
-            memory=_STAND_IN_MEMORY,
-            vcpus=1,
-            virt_type="qemu",
-            machine="q35",
-            arch=arch,
-            disks=(domainxml.Disk(target="vda", chain=tuple(chain)),),
-        )
-    )
-
-
-_STAND_IN_MEMORY = 32 * 1024 * 1024
-"""Bytes; no guest ever uses them."""

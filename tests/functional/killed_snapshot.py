@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from tests.functional import killed
-from virtmigrate import domainstate, instance, record, storagepool
+from virtmigrate import domainstate, instance, merging, record, storagepool
 from virtmigrate.backends import making
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.snapshot import Return, Wanted
@@ -34,14 +34,14 @@ POINTS: list[killed.Point] = [
     (domainstate.States, "restore_with"),
     (domainstate.States, "revert_inside"),
     (domainstate.States, "drop_inside"),
-    (domainstate.States, "stand_in"),
-    (domainstate, "_pivot"),
+    (merging.Merges, "stand_in"),
+    (merging, "_pivot"),
 ]
 LASTING: list[killed.Point] = [
     (domainstate.States, "freeze"),
     (domainstate.States, "keep_inside"),
     (instance.Domains, "save_to"),
-    (domainstate, "_commit"),
+    (merging, "_commit"),
 ]
 
 

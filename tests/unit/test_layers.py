@@ -59,6 +59,7 @@ FLOORS = {
     "stream": 3,
     "instance": 4,
     "domainstate": 4,
+    "merging": 4,
     "card": 4,
     "rights": 2,
     "tenure": 4,

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of a disk, merged by QEMU: the guest's, or one that runs for that only."""
+
+import contextlib
+import time
+import uuid as uuids
+from collections.abc import Iterator, Sequence
+
+import libvirt
+
+from virtmigrate import domainxml
+from virtmigrate.instance import Domains
+from virtmigrate.units import MiB
+
+_LOOK = 0.2
+"""Seconds between two looks at a job."""
+_CALL = 24 * 3600.0
+"""Seconds that a stand-in may live."""
+_STAND_IN_MEMORY = 32 * MiB
+"""No guest ever uses it."""
+
+
+class Merges(Domains):
+    """Merges layers of one host's domains. Safe to share between threads."""
+
+    def merge(self, uuid: str, target: str, top: str, base: str) -> None:
+        """Write a layer of a running domain's disk into the one below it.
+
+        Where it is the top the guest writes to the other one from then on. The layer
+        itself stays. Nothing happens when that is so already; can be called again.
+
+        Arguments:
+            top, base: paths.
+        """
+        if top not in self._chain(uuid, target):
+            return
+        while not self._merged(uuid, target, top, base):
+            time.sleep(_LOOK)
+
+    @contextlib.contextmanager
+    def stand_in(self, chain: Sequence[domainxml.Layer], arch: str) -> Iterator[str]:
+        """Run a domain without a guest that has a disk, and yield its UUID.
+
+        So that QEMU does to the layers of a guest that is off what it does to those
+        of a running one, and nothing but this chain is believed. It ends with the
+        connection, if not before.
+        """
+        uuid = str(uuids.uuid4())
+        text = _stand_in_xml(uuid, chain, arch)
+        flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
+        with self.host.session("opening layers of a disk", timeout=_CALL) as session:
+            session.conn.createXML(text, flags)
+            try:
+                yield uuid
+            finally:
+                self.kill(uuid)
+
+    # Private
+
+    def _chain(self, uuid: str, target: str) -> list[str]:
+        for disk in domainxml.disks(self.live_xml(uuid)):
+            if disk.target == target:
+                return [layer.source for layer in disk.chain]
+        return []
+
+    def _merged(self, uuid: str, target: str, top: str, base: str) -> bool:
+        """Go one step on with a merge; tell whether it is over."""
+        chain = self._chain(uuid, target)
+        with self._domain(uuid, f"merging a layer of {target}") as domain:
+            job = domain.blockJobInfo(target, 0)
+            if not job and top not in chain:
+                return True
+            if not job:
+                _commit(domain, target, top, base, is_active=chain[0] == top)
+            elif chain[0] == top and job["cur"] == job["end"] and job["end"] > 0:
+                _pivot(domain, target)
+            return False
+
+
+# Private
+
+
+def _commit(
+    domain: "libvirt.virDomain", target: str, top: str, base: str, *, is_active: bool
+) -> None:
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if is_active else 0
+    domain.blockCommit(target, base, None if is_active else top, 0, flags)
+
+
+def _pivot(domain: "libvirt.virDomain", target: str) -> None:
+    # It refuses while the last blocks are on their way.
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+
+def _stand_in_xml(uuid: str, chain: Sequence[domainxml.Layer], arch: str) -> str:
+    return domainxml.build(
+        domainxml.Domain(
+            uuid=uuid,
+            name=f"virtmigrate-merge-{uuid}",
+            memory=_STAND_IN_MEMORY,
+            vcpus=1,
+            virt_type="qemu",
+            machine="q35",
+            arch=arch,
+            disks=(domainxml.Disk(target="vda", chain=tuple(chain)),),
+        )
+    )
