@@ -14,6 +14,8 @@ from virtmigrate.units import MiB
 
 _LOOK = 0.2
 """Seconds between two looks at a job."""
+_IDLE = 5
+"""Looks without a job, after which a merge that was begun counts as given up."""
 _CALL = 24 * 3600.0
 """Seconds that a stand-in may live."""
 _STAND_IN_MEMORY = 32 * MiB
@@ -23,7 +25,7 @@ _STAND_IN_MEMORY = 32 * MiB
 class Merges(Domains):
     """Merges layers of one host's domains. Safe to share between threads."""
 
-    def merge(self, uuid: str, target: str, top: str, base: str) -> None:
+    def merge(self, uuid: str, target: str, top: str, base: str) -> bool:
         """Write a layer of a running domain's disk into the one below it.
 
         Where it is the top the guest writes to the other one from then on. The layer
@@ -31,11 +33,23 @@ class Merges(Domains):
 
         Arguments:
             top, base: paths.
+        Returns whether it is done; False: QEMU gave up, and the layer is still needed.
         """
-        if top not in self._chain(uuid, target):
-            return
-        while not self._merged(uuid, target, top, base):
+        is_begun, idle = False, 0
+        while idle < _IDLE:
+            job, chain = self._job_of(uuid, target), self._chain(uuid, target)
+            if top not in chain and not job:
+                return True
+            # libvirt may have to learn yet that a job has ended well.
+            idle = 0 if job else idle + is_begun
+            if not job and not is_begun:
+                self._begin(uuid, target, top, base, is_active=chain[0] == top)
+                is_begun = True
+            elif chain[0] == top and job and job["cur"] == job["end"] > 0:
+                with self._domain(uuid, f"ending the merge of {target}") as domain:
+                    _pivot(domain, target)
             time.sleep(_LOOK)
+        return False
 
     @contextlib.contextmanager
     def stand_in(self, chain: Sequence[domainxml.Layer], arch: str) -> Iterator[str]:
@@ -63,18 +77,15 @@ class Merges(Domains):
                 return [layer.source for layer in disk.chain]
         return []
 
-    def _merged(self, uuid: str, target: str, top: str, base: str) -> bool:
-        """Go one step on with a merge; tell whether it is over."""
-        chain = self._chain(uuid, target)
+    def _job_of(self, uuid: str, target: str) -> dict[str, int]:
+        with self._domain(uuid, f"looking at the merge of {target}") as domain:
+            return dict(domain.blockJobInfo(target, 0))
+
+    def _begin(
+        self, uuid: str, target: str, top: str, base: str, *, is_active: bool
+    ) -> None:
         with self._domain(uuid, f"merging a layer of {target}") as domain:
-            job = domain.blockJobInfo(target, 0)
-            if not job and top not in chain:
-                return True
-            if not job:
-                _commit(domain, target, top, base, is_active=chain[0] == top)
-            elif chain[0] == top and job["cur"] == job["end"] and job["end"] > 0:
-                _pivot(domain, target)
-            return False
+            _commit(domain, target, top, base, is_active=is_active)
 
 
 # Private

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes of snapshots that fail: all is as it was, and says why."""
 
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.functional import places
 from tests.functional.conftest import World
-from tests.functional.guestdisk import byte, write
+from tests.functional.guestdisk import byte, power, write
 from virtmigrate import consistency, errors
+from virtmigrate.progress import Progress, Report
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.units import KiB, MiB
 
 
 @pytest.fixture
@@ -41,3 +50,89 @@ def test_memory_is_written_once_while_paused(
     snapshots.create(uuid, checkpoint("second", places={"vda": place}))
     snapshots.revert(uuid, Return("first"))
     assert byte(world, guest) == 1
+
+
+@contextlib.contextmanager
+def small(world: World) -> Iterator[Path]:
+    """Have the backend on a file system of its own; yield a file to fill it with."""
+    cluster: Any = None
+    place = places.of_directory(
+        places.EXT4, "none", world.a.host, "", world.tmp, cluster
+    )
+    with place as values:
+        world.a.clear()
+        world.a.path = Path(values["path"])
+        world.a.new_driver()
+        try:
+            yield world.a.path.parent / "filler"
+        finally:
+            world.a.clear()
+
+
+def fill(filler: Path) -> None:
+    """Leave room for records only."""
+    with filler.open("wb") as file:
+        for step in (64 * MiB, MiB, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(file.fileno(), file.seek(0, 2), step)
+        file.truncate(file.seek(0, 2) - MiB // 2)
+
+
+@pytest.mark.parametrize("state", ["running", "off"])
+def test_no_room_to_merge(world: World, state: str) -> None:
+    a = world.a
+    with small(world) as filler:
+        guest = world.spawn(a)
+        snapshots, uuid = a.driver.snapshots, guest.uuid
+        snapshots.create(uuid, Wanted("first"))
+        offsets = range(2 * MiB, 6 * MiB, 64 * KiB)
+        for number, offset in enumerate(offsets, start=1):
+            write(a, guest, number, offset)
+        power(a, guest, state)
+        fill(filler)
+        with pytest.raises(errors.Error, match="room for it"):
+            snapshots.delete(uuid, "first")
+        assert a.driver.settle() != []
+        assert byte(world, guest) == 1
+        assert a.state_of(guest) == {"off": "shutoff"}.get(state, state)
+        filler.unlink()
+        assert a.driver.settle() == []
+        assert byte(world, guest, offsets[-1]) == len(offsets)
+        owned = [s for s in a.driver.node.files.catalog.all() if s.body.owner == uuid]
+        assert len(owned) == 1
+        assert consistency.check(a.driver.node) == []
+
+
+def slow(after: float) -> Progress:
+    """Progress that somebody cancels, seconds after the freezing began."""
+    made: list[Progress] = []
+
+    def look(report: Report) -> None:
+        if report.phase == "freezing":
+            threading.Timer(after, made[0].cancel).start()
+
+    made.append(Progress(look, interval=0))
+    return made[0]
+
+
+@pytest.mark.parametrize("why", ["cancelled", "too late"])
+@pytest.mark.parametrize("state", ["running", "paused"])
+def test_memory_is_given_up(world: World, why: str, state: str) -> None:
+    a, snapshots = world.a, world.a.driver.snapshots
+    # It takes seconds to look through, and no room.
+    guest = world.spawn(a, memory_mb=8192)
+    write(a, guest, 1)
+    power(a, guest, state)
+    before = {name for name in a.files() if "instances" not in name}
+    limit = 0.05 if why == "too late" else 60
+    progress = slow(0.05) if why == "cancelled" else None
+    began = time.monotonic()
+    with pytest.raises((errors.Cancelled, errors.SnapshotFailed)):
+        snapshots.create(guest.uuid, checkpoint("x", timeout=limit), progress)
+    assert time.monotonic() - began < 30
+    assert {name for name in a.files() if "instances" not in name} == before
+    assert a.state_of(guest) == state
+    assert byte(world, guest) == 1
+    assert consistency.check(a.driver.node) == []
+    assert a.driver.settle() == []

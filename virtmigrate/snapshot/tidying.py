@@ -13,7 +13,7 @@ one: they would be lost.
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, model, snapshottree
+from virtmigrate import domainxml, errors, model, snapshottree
 from virtmigrate.backends import base
 from virtmigrate.model import Role, VolumeState
 from virtmigrate.snapshot.terms import Step
@@ -130,14 +130,24 @@ class Tidying:
         if work.states.tops(work.uuid).get(disk) == base_path:
             return  # it was merged, and the guest went on below
         if disk and not work.states.is_off(work.uuid):
-            work.states.merge(work.uuid, disk, top, base_path)
+            self._demand_merged(work.states.merge(work.uuid, disk, top, base_path), top)
             return
         arch = domainxml.arch(work.states.xml(work.uuid))
         # The one that stands on it, if any: QEMU writes into it what it stands on then.
         head = next(iter(_standing_on(self._work.owned(), backend, above)), above)
         with work.states.stand_in(backend.layers(head.name), arch) as uuid:
-            work.states.merge(uuid, "vda", top, base_path)
+            self._demand_merged(work.states.merge(uuid, "vda", top, base_path), top)
         backend.persist(below.pool, below.name)
+
+    def _demand_merged(self, is_done: bool, top: str) -> None:
+        if not is_done:
+            raise errors.SnapshotError(
+                instance=self._work.uuid,
+                host=self._work.here.name,
+                reason=f"QEMU gave up merging {top} into what it stands on: is there "
+                "room for it? Nothing is lost, and `virtmigrate host settle` goes on "
+                "with it",
+            )
 
     def _publish_merged(
         self,
