@@ -238,11 +238,11 @@ class States(merging.Merges):
         while thread.is_alive():
             thread.join(_LOOK)
             try:
-                found = self._job(uuid)
-                if found is not None:
-                    progress.advance(max(0, found - done))
-                    done = max(done, found)
-                progress.check()
+                found, total = self._job(uuid) or (0, 0)
+                if total and not done:
+                    progress.phase("writing memory", total)
+                progress.advance(max(0, found - done))
+                done = max(done, found)
             except errors.Cancelled as e:
                 ended = ended or e
             if time.monotonic() > deadline and ended is None:
@@ -252,15 +252,19 @@ class States(merging.Merges):
                     self._abort(uuid)
         return ended
 
-    def _job(self, uuid: str) -> int | None:
-        """Return the bytes that a job has through, None when there is none."""
+    def _job(self, uuid: str) -> tuple[int, int] | None:
+        """Return the bytes that a job has through, and all; None when there is none.
+
+        What the guest writes to meanwhile is not through any more.
+        """
         with self._domain(uuid, "looking at its job") as domain:
             if not domain.isActive():
                 return None
             found = domain.jobStats(0)
         if found.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
             return None
-        return int(found.get("data_processed", 0))
+        total = int(found.get("data_total", 0))
+        return max(0, total - int(found.get("data_remaining", 0))), total
 
     def _abort(self, uuid: str) -> None:
         with self._domain(uuid, "ending its job") as domain:
