@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`virtmigrate snapshot …`, on a guest without a system."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.functional import test_cli, test_snapshots
+from tests.functional.conftest import World
+from virtmigrate.cli import main
+from virtmigrate.units import MiB
+
+DONE, FAILED, USAGE = range(3)
+
+
+class Snapshot:
+    """Runs `virtmigrate snapshot` on an instance of the first host."""
+
+    def __init__(
+        self, world: World, file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.world = world
+        self.instance = world.spawn(world.a)
+        self._capsys = capsys
+        self._file = file
+        file.write_text(test_cli.configuration(world))
+
+    def run(self, verb: str, *words: str, code: int = DONE) -> tuple[str, str]:
+        options = ["--config-file", str(self._file)]
+        argv = [*options, "snapshot", verb, self.instance.name, *words]
+        found = main.main(argv)
+        said = self._capsys.readouterr()
+        assert found == code, said.out + said.err
+        return said.out, said.err
+
+    def json(self, verb: str, *words: str) -> Any:
+        return json.loads(self.run(verb, *words, "-f", "json")[0])
+
+    def tree(self, verb: str, *words: str) -> list[str]:
+        """Run it and return the lines of the picture."""
+        lines = self.run(verb, *words)[0].splitlines()[3:-1]
+        return [line.split("|")[1].strip() for line in lines]
+
+    def steps(self, verb: str, *words: str) -> list[tuple[str, str]]:
+        rows = self.json(verb, *words, "--dry-run")
+        return [(row["step"], row["of"].partition(".")[0]) for row in rows]
+
+    def write(self, byte: int) -> None:
+        test_snapshots.write(self.world.a, self.instance, byte)
+
+    @property
+    def byte(self) -> int:
+        return test_snapshots.byte(self.world, self.instance)
+
+    @property
+    def state(self) -> str | None:
+        return self.world.a.state_of(self.instance)
+
+
+@pytest.fixture
+def command(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Snapshot]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield Snapshot(world, tmp_path / "virtmigrate.conf", capsys)
+    root.handlers, root.level = handlers, level
+
+
+def test_a_tree_from_root_to_nothing(world: World, command: Snapshot) -> None:
+    assert command.run("list") == ("\n", "")
+    command.write(1)
+    before = world.a.files()
+    assert command.steps("create", "base", "--layer", "new") == [
+        ("freeze", "base"),
+        ("external", "vda"),
+        ("layer", "new-vda"),
+    ]
+    assert world.a.files() == before
+    assert command.tree("create", "base", "--layer", "new") == ["○ base", "● (now)"]
+    assert Path(world.a.disk(command.instance)).name.startswith("new-vda.")
+    command.write(2)
+    command.tree("create", "next", "--description", "two")
+    command.write(3)
+    assert command.tree("branch", "base", "--keep", "third", "--layer", "b") == [
+        "○ base",
+        "├─○ next",
+        "│ ○ third",
+        "└─● (now)",
+    ]
+    assert Path(world.a.disk(command.instance)).name.startswith("b-vda.")
+    assert command.byte == 1
+    assert command.tree("revert", "next", "--power", "paused") == [
+        "○ base",
+        "○ next",
+        "├─○ third",
+        "└─● (now)",
+    ]
+    assert (command.byte, command.state) == (2, "paused")
+    rows = {row["name"]: row for row in command.json("list")}
+    assert [rows[name]["parent"] for name in rows] == [None, "base", "next"]
+    assert [name for name in rows if rows[name]["current"]] == ["next"]
+    assert rows["next"]["description"] == "two"
+    assert command.tree("delete", "base", "--only-children") == ["○ base", "● (now)"]
+    assert command.tree("delete", "base") == []
+    assert (command.byte, command.state) == (2, "paused")
+    test_snapshots.expect_volumes(world.a, command.instance, 1)
+
+
+def test_dry_runs_change_nothing(world: World, command: Snapshot) -> None:
+    for number in (1, 2):
+        command.write(number)
+        command.run("create", f"s{number}")
+    command.write(3)
+    before, tree = world.a.files(), command.tree("list")
+    steps = command.steps("revert", "s1", "--delete-children", "--power", "off")
+    assert ("delete", "s2") in steps and ("power", "guest") in steps
+    assert command.steps("branch", "s1")[:3] == [
+        ("keep", command.json("branch", "s1", "--dry-run")[0]["of"]),
+        ("restore", "s1"),
+        ("layer", "vda"),
+    ]
+    assert command.steps("delete", "s1", "--children")[:2] == [
+        ("delete", "s2"),
+        ("delete", "s1"),
+    ]
+    assert (world.a.files(), command.tree("list")) == (before, tree)
+    assert command.byte == 3
+
+
+def test_checkpoint_is_shown(world: World, command: Snapshot) -> None:
+    command.run("create", "there", "--checkpoint")
+    found = command.json("show", "there")
+    (disk,) = found["disks"]
+    assert (found["kind"], found["memory"]) == ("checkpoint", "external")
+    assert (found["consistency"], found["taken"]) == ("memory", "running")
+    assert (disk["target"], disk["place"], disk["size"]) == ("vda", "external", 8 * MiB)
+    assert 0 < disk["takes"] <= disk["size"] + MiB
+    assert found["memory file"]["size"] > 64 * 1024
+    assert (found["parent"], found["children"], found["current"]) == (None, [], True)
+    shown, _ = command.run("show", found["id"])
+    assert "vda external: " in shown and ", takes " in shown
+    # Off it has no memory, and nobody has to say so.
+    world.a.driver.power_off(command.instance)
+    command.run("create", "offline", "--checkpoint")
+    found = command.json("show", "offline")
+    assert (found["kind"], found["memory"]) == ("checkpoint", "none")
+    assert (found["parent"], found["memory file"]) == ("there", None)
+    command.run("revert", "there")
+    assert command.state == "running"
+
+
+def test_refusals_say_what_to_do(world: World, command: Snapshot) -> None:
+    for words, reason in (
+        (("create", "x", "--place", "vda=internal"), "only a qcow2 volume"),
+        (("create", "x", "--leave-out", "vdz"), "no disk vdz"),
+        (("show", "x"), "has no snapshot x"),
+        (("delete", "x"), "has no snapshot x"),
+        (("revert", "x", "--dry-run"), "has no snapshot x"),
+    ):
+        said = command.run(*words, code=FAILED)[1]
+        assert reason in said and "Traceback" not in said
+    command.run("create", "x")
+    assert "has a snapshot x already" in command.run("create", "x", code=FAILED)[1]
+    set_owner(world, command.instance, "nova")
+    said = command.run("create", "y", code=FAILED)[1]
+    assert "belongs to nova" in said and "--unmanaged-override" in said
+    command.run("create", "y", "--dry-run")
+    assert command.tree("create", "y", "--unmanaged-override") == [
+        "○ x",
+        "○ y",
+        "● (now)",
+    ]
+
+
+def set_owner(world: World, instance: Any, owner: str) -> None:
+    here = world.a.driver.node
+    found = here.entitled(instance.uuid)
+    here.publish_instance(msgspec.structs.replace(found, owner=owner))
