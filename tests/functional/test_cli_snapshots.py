@@ -155,6 +155,28 @@ def test_checkpoint_is_shown(world: World, command: Snapshot) -> None:
     assert command.state == "running"
 
 
+@pytest.mark.parametrize("state", ["running", "shutoff"])
+def test_branch_from_inside_of_a_volume(
+    world: World, command: Snapshot, state: str
+) -> None:
+    """What is kept first is kept inside, too: a layer would freeze the volume."""
+    command.run("create", "layer")
+    command.write(1)
+    if state == "shutoff":
+        world.a.driver.power_off(command.instance)
+    command.run("create", "inside", "--checkpoint", "--place", "vda=internal")
+    if state == "shutoff":
+        world.a.driver.power_on(None, command.instance, None)
+    command.write(2)
+    if state == "shutoff":
+        world.a.driver.power_off(command.instance)
+    tree = ["○ layer", "○ inside", "├─○ kept", "└─● (now)"]
+    assert command.tree("branch", "inside", "--keep", "kept") == tree
+    assert (command.byte, command.state) == (1, state)
+    command.run("revert", "kept")
+    assert (command.byte, command.state) == (2, state)
+
+
 def test_refusals_say_what_to_do(world: World, command: Snapshot) -> None:
     for words, reason in (
         (("create", "x", "--place", "vda=internal"), "only a qcow2 volume"),
