@@ -14,7 +14,9 @@ from virtmigrate.units import MiB
 
 _LOOK = 0.2
 """Seconds between two looks at a job."""
-_IDLE = 5
+_SOON = 0.01
+"""The same at first: most layers are small, and merged before a look is due."""
+_IDLE = 8
 """Looks without a job, after which a merge that was begun counts as given up."""
 _CALL = 24 * 3600.0
 """Seconds that a stand-in may live."""
@@ -35,7 +37,7 @@ class Merges(Domains):
             top, base: paths.
         Returns whether it is done; False: QEMU gave up, and the layer is still needed.
         """
-        is_begun, idle = False, 0
+        is_begun, idle, wait = False, 0, _SOON
         while idle < _IDLE:
             job, chain = self._job_of(uuid, target), self._chain(uuid, target)
             if top not in chain and not job:
@@ -48,7 +50,8 @@ class Merges(Domains):
             elif chain[0] == top and job and job["cur"] == job["end"] > 0:
                 with self._domain(uuid, f"ending the merge of {target}") as domain:
                     _pivot(domain, target)
-            time.sleep(_LOOK)
+            time.sleep(wait)
+            wait = min(2 * wait, _LOOK)
         return False
 
     @contextlib.contextmanager
