@@ -3,6 +3,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from tests.functional.conftest import World
 from virtmigrate.cli import main
 from virtmigrate.units import MiB
 
-DONE, FAILED, USAGE = range(3)
+DONE, FAILED = range(2)
+MEMORY_MB = 2048
+"""Nobody touches it; so much that its writing can be watched."""
 
 
 class Snapshot:
@@ -25,7 +28,7 @@ class Snapshot:
         self, world: World, file: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         self.world = world
-        self.instance = world.spawn(world.a)
+        self.instance = world.spawn(world.a, memory_mb=MEMORY_MB)
         self._capsys = capsys
         self._file = file
         file.write_text(test_cli.configuration(world))
@@ -134,7 +137,8 @@ def test_dry_runs_change_nothing(world: World, command: Snapshot) -> None:
 
 
 def test_checkpoint_is_shown(world: World, command: Snapshot) -> None:
-    command.run("create", "there", "--checkpoint")
+    said = command.run("create", "there", "--checkpoint")[1]
+    assert re.search(r"^writing memory: .* of 2\.\d GiB", said, re.MULTILINE), said
     found = command.json("show", "there")
     (disk,) = found["disks"]
     assert (found["kind"], found["memory"]) == ("checkpoint", "external")
