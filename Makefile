@@ -18,7 +18,7 @@ FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 2400 \
 	$(PYTEST) tests/functional --durations=25 --require-backends=$(BACKENDS)
 TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
-BENCHMARKS := transfer cache
+BENCHMARKS := transfer cache snapshot
 
 .PHONY: help setup image machine-image demo test test-unit test-functional test-full lint format \
 	bench sandbox sandbox-down clean

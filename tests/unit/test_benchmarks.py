@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, disks, errors, table
+from benchmarks import cases, disks, errors, snapshot, table, ticker
 from benchmarks.measure import Figures
 from virtmigrate.units import GiB, KiB, MiB
 
@@ -154,3 +154,29 @@ def test_empty_disks_of_any_size_are_compared_at_once(tmp_path: Path) -> None:
     disks.compare(paths[0], paths[1])
     with pytest.raises(errors.BenchmarkError):
         disks.compare(paths[0], paths[2])
+
+
+# Snapshots
+
+
+@pytest.mark.parametrize(
+    ("what", "limit"),
+    [("delete", 1.2), ("disk snapshot: gap", 1.13), ("checkpoint: stopped", 1.13)],
+)
+def test_snapshot_against_virsh(what: str, limit: float) -> None:
+    assert snapshot.limit_of(what, 1.0) == pytest.approx(limit)
+    for ours, said in ((limit - 0.001, " reached"), (limit + 0.001, "NOT reached")):
+        lines = list(snapshot.table({what: {"ours": ours, "virsh": 1.0}}))
+        assert said in lines[1] and "virsh 1000 ms" in lines[0]
+
+
+def test_a_figure_without_a_rival_is_only_shown() -> None:
+    assert len(list(snapshot.table({"no snapshot: gap": {"guest": 0.1}}))) == 1
+
+
+def test_ticker_is_a_boot_sector(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    ticker.image(disk, 4 * MiB)
+    assert disk.stat().st_size == 4 * MiB
+    sector = disk.read_bytes()[: ticker.SECTOR]
+    assert sector[-2:] == b"\x55\xaa" and sector.startswith(ticker.PROGRAM)
