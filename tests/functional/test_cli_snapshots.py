@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.functional import test_cli, test_snapshots
+from tests.functional import guestdisk, test_cli, test_snapshots
 from tests.functional.conftest import World
 from virtmigrate.cli import main
 from virtmigrate.units import MiB
@@ -54,11 +54,11 @@ class Snapshot:
         return [(row["step"], row["of"].partition(".")[0]) for row in rows]
 
     def write(self, byte: int) -> None:
-        test_snapshots.write(self.world.a, self.instance, byte)
+        guestdisk.write(self.world.a, self.instance, byte)
 
     @property
     def byte(self) -> int:
-        return test_snapshots.byte(self.world, self.instance)
+        return guestdisk.byte(self.world, self.instance)
 
     @property
     def state(self) -> str | None:

@@ -7,7 +7,8 @@ import pytest
 
 from sandbox import guest as guests
 from tests.functional.conftest import Node, World
-from tests.functional.test_snapshots import wait_for_beats, write
+from tests.functional.guestdisk import write
+from tests.functional.test_snapshots import wait_for_beats
 from virtmigrate import consistency, errors
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
 from virtmigrate.units import MiB
