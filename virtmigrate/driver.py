@@ -101,7 +101,8 @@ class VirtMigrateDriver:
         Called at the start and every `settle_interval` seconds: peers come back,
         and debts are paid.
         """
-        left = [*self.node.sweep(), *takeover.stop_lost(self.node)]
+        left = self.node.agents.recover()
+        left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
         return [*left, *self._source.recover(), *self._target.recover()]
 

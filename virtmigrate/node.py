@@ -14,6 +14,7 @@ from oslo_log import log as logging
 from virtmigrate import (
     __version__,
     account,
+    agent,
     backends,
     card,
     errors,
@@ -125,11 +126,14 @@ class Node:
         self.bandwidth = limit.Limiter(self.options.host_bandwidth_mib * MiB)
         state = Path(self.options.state_path)
         self.journals = state / "journal"
+        quiescing = agent.Limits(self.options.freeze_timeout, self.options.freeze_limit)
+        self.agents = agent.Agents(self.host, state, quiescing)
         self.locks = locks.HostLocks(
             state / "locks", self.name, self.options.lock_timeout
         )
 
     def close(self) -> None:
+        self.agents.close()
         for backend in self.backends.values():
             backend.close()
         self.host.close()

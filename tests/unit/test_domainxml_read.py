@@ -142,3 +142,13 @@ def test_interfaces_leave_out_the_others() -> None:
         "</interface></devices></domain>"
     )
     assert domainxml.interfaces(text) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("org.qemu.guest_agent.0", "connected"), ("com.redhat.spice.0", None)],
+)
+def test_agent_state(name: str, expected: str | None) -> None:
+    target = f"<target type='virtio' name='{name}' state='connected'/>"
+    text = f"<domain><devices><channel>{target}</channel></devices></domain>"
+    assert domainxml.agent_state(text) == expected

@@ -60,6 +60,7 @@ FLOORS = {
     "instance": 4,
     "domainstate": 4,
     "merging": 4,
+    "agent": 4,
     "card": 4,
     "rights": 2,
     "tenure": 4,

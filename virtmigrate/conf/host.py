@@ -136,6 +136,22 @@ timeout_opts = [
         help="Seconds after which the request to shut down is repeated.",
     ),
     cfg.IntOpt(
+        "freeze_timeout",
+        default=10,
+        min=1,
+        max=300,
+        help="Seconds that a guest's agent gets to freeze its file systems, and to "
+        "thaw them. Raise it where guests write much: what they wrote is flushed.",
+    ),
+    cfg.IntOpt(
+        "freeze_limit",
+        default=30,
+        min=1,
+        max=600,
+        help="Seconds that a guest may be frozen. Then it is thawed, and what it was "
+        "frozen for fails. Windows does not hold it for more than 10.",
+    ),
+    cfg.IntOpt(
         "reclaim_age",
         default=86400,
         min=60,

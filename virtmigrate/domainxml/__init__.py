@@ -42,6 +42,7 @@ from virtmigrate.domainxml.model import (
 )
 from virtmigrate.domainxml.portability import obstacles
 from virtmigrate.domainxml.reader import (
+    agent_state,
     arch,
     console_log,
     cpu,
@@ -80,6 +81,7 @@ __all__ = [
     "Layer",
     "SourceType",
     "Topology",
+    "agent_state",
     "arch",
     "build",
     "console_log",

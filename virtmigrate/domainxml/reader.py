@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from virtmigrate import units, xml
-from virtmigrate.domainxml import layers, metadata, tree
+from virtmigrate.domainxml import builder, layers, metadata, tree
 from virtmigrate.domainxml.model import (
     Cpu,
     Firmware,
@@ -132,6 +132,15 @@ def interfaces(text: str) -> tuple[Interface, ...]:
 def console_log(text: str) -> str | None:
     """Return the file that the first serial port is logged to."""
     return _console_log(tree.parse(text))
+
+
+def agent_state(text: str) -> str | None:
+    """Return "connected" or "disconnected" of a running guest's agent.
+
+    None: there is no channel for one.
+    """
+    path = f"devices/channel/target[@name='{builder.AGENT_CHANNEL}']"
+    return xml.attribute_at(tree.parse(text), path, "state")
 
 
 # Private

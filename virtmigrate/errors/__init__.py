@@ -33,6 +33,8 @@
     │   ├── NotEntitled
     │   │   └── HeldElsewhere
     │   │       └── TakenAway
+    │   ├── QuiesceFailed
+    │   │   └── AgentNotThere
     │   ├── TakeOverRefused
     │   ├── SnapshotError
     │   │   ├── SnapshotNotFound, SnapshotExists
@@ -86,6 +88,7 @@ from virtmigrate.errors.images import ImageNotFound as ImageNotFound
 from virtmigrate.errors.images import ImageRefused as ImageRefused
 from virtmigrate.errors.images import ImageStalled as ImageStalled
 from virtmigrate.errors.images import ImageUnavailable as ImageUnavailable
+from virtmigrate.errors.instances import AgentNotThere as AgentNotThere
 from virtmigrate.errors.instances import HeldElsewhere as HeldElsewhere
 from virtmigrate.errors.instances import InstanceBusy as InstanceBusy
 from virtmigrate.errors.instances import InstanceError as InstanceError
@@ -94,6 +97,7 @@ from virtmigrate.errors.instances import InstanceNotFound as InstanceNotFound
 from virtmigrate.errors.instances import InvalidState as InvalidState
 from virtmigrate.errors.instances import NotEntitled as NotEntitled
 from virtmigrate.errors.instances import OwnedElsewhere as OwnedElsewhere
+from virtmigrate.errors.instances import QuiesceFailed as QuiesceFailed
 from virtmigrate.errors.instances import TakenAway as TakenAway
 from virtmigrate.errors.instances import TakeOverRefused as TakeOverRefused
 from virtmigrate.errors.moves import MigrationError as MigrationError

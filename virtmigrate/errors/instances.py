@@ -47,6 +47,18 @@ class TakenAway(HeldElsewhere):
     )
 
 
+class QuiesceFailed(InstanceError):
+    msg = "instance {instance} on {host} was not quiesced: {reason}. {state}"
+
+
+class AgentNotThere(QuiesceFailed):
+    msg = (
+        "instance {instance} on {host} cannot be quiesced: {reason}. Nothing was "
+        "frozen. Install qemu-guest-agent in the guest and start it, or do without "
+        "quiescing"
+    )
+
+
 class TakeOverRefused(InstanceError):
     msg = "taking instance {instance} over to {host} is refused: {reason}"
 
