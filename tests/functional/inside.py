@@ -7,6 +7,7 @@ with one backend of kind lvm. It prints the name of what it showed.
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tests.functional.test_contract import (
     OPERATION,
+    OTHER,
     SIZE,
     arrived,
     content,
@@ -210,6 +212,117 @@ def a_failed_snapshot_leaves_nothing(backend: lvm.LvmBackend) -> None:
     assert not any(shown(backend, "vda.1"))
 
 
+def kept(backend: lvm.LvmBackend) -> str:
+    """A volume of the pattern, whose state is kept, and that is zeros now."""
+    made = backend.allocate(volume(backend, state=VolumeState.USABLE))
+    write(backend, made.name, PATTERN * (SIZE // MiB))
+    backend.keep_state(made.name, OPERATION)
+    write(backend, made.name, bytes(SIZE))
+    return made.name
+
+
+def states(backend: lvm.LvmBackend) -> list[str]:
+    found = lvm_command("lvs", "--noheadings", "-o", "lv_name", backend.group).split()
+    return [name for name in found if ".state." in name]
+
+
+def a_restore_is_gone_on_with(backend: lvm.LvmBackend) -> None:
+    """Killed before the state was dropped, and while it was being wiped."""
+    name = kept(backend)
+    state = f"{name}.state.{OPERATION}"
+    backend._copy_back(name, state)
+    write(backend, name, bytes(SIZE // 2))
+    backend.restore_state(name, OPERATION)
+    assert shown(backend, name) == PATTERN * (SIZE // MiB)
+    assert backend.drain(100)
+    backend.keep_state(name, OPERATION)
+    backend._doom(name, state)
+    backend._volumes.wipe(state, SIZE)
+    assert shown(backend, state) == bytes(SIZE)
+    backend.restore_state(name, OPERATION)
+    assert shown(backend, name) == PATTERN * (SIZE // MiB)
+    # It waits for the old one.
+    backend.keep_state(name, OPERATION)
+    assert shown(backend, state) == PATTERN * (SIZE // MiB)
+
+
+def only_what_differs_is_written_back(backend: lvm.LvmBackend) -> None:
+    made = backend.allocate(volume(backend, state=VolumeState.USABLE))
+    write(backend, made.name, PATTERN * (SIZE // MiB))
+    backend.keep_state(made.name, OPERATION)
+    write(backend, made.name, bytes(MiB))
+    written = sectors_written(backend, made.name)
+    backend.restore_state(made.name, OPERATION)
+    assert sectors_written(backend, made.name) - written <= 2 * MiB // 512
+    assert shown(backend, made.name) == PATTERN * (SIZE // MiB)
+
+
+def sectors_written(backend: lvm.LvmBackend, name: str) -> int:
+    number = Path(backend.disks.volume_path(name)).stat().st_rdev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    return int(Path(f"/sys/dev/block/{device}/stat").read_text().split()[6])
+
+
+def what_has_a_state_keeps_its_size(backend: lvm.LvmBackend) -> None:
+    name = kept(backend)
+    found = backend.volumes.read(name).body
+    aside = f"vda-r1.{OPERATION}", f"vda.{OPERATION}", SIZE
+    refused(lambda: backend.grow(name, 2 * SIZE), errors.Unsupported)
+    refused(lambda: backend.set_aside(found, *aside), errors.Unsupported)
+    backend.restore_state(name, OPERATION)
+    # Once the state is wiped.
+    backend.grow(name, 2 * SIZE)
+    assert shown(backend, name) == PATTERN * (SIZE // MiB) + bytes(SIZE)
+
+
+def a_snapshots_state_is_refused(backend: lvm.LvmBackend) -> None:
+    image = image_of(backend)
+    made = cloned(backend, image, "vda.1")
+    refused(lambda: backend.keep_state(made.name, OPERATION), errors.Unsupported)
+    # An image's state is no clone of it.
+    backend.keep_state("image", OPERATION)
+    assert backend.users("image") == {made.name}
+    backend.remove(made.name)
+    assert backend.drain(100)
+    backend.remove("image")
+    assert backend.drain(100)
+    assert not states(backend)
+
+
+def a_state_that_overflowed_is_told(backend: lvm.LvmBackend) -> None:
+    made = backend.allocate(volume(backend, state=VolumeState.USABLE))
+    state = f"{made.name}.state.{OPERATION}"
+    at = f"{backend.group}/{made.name}"
+    lvm_command("lvcreate", "--yes", "-s", "-L", "4M", "-n", state, at)
+    write(backend, made.name, PATTERN * (SIZE // MiB))
+    backend.disks.refresh()
+    for call in (backend.keep_state, backend.restore_state):
+        refused(functools.partial(call, made.name, OPERATION), errors.StorageError)
+    assert shown(backend, made.name) == PATTERN * (SIZE // MiB)
+    backend.drop_state(made.name, OPERATION)
+    assert not states(backend)
+    backend.keep_state(made.name, OPERATION)
+
+
+def a_state_takes_what_it_can_use(backend: lvm.LvmBackend) -> None:
+    """And not twice of it: there is that much room, and no more."""
+    made = backend.allocate(volume(backend, state=VolumeState.USABLE))
+    words = ["--noheadings", "-o", "vg_free_count", backend.group]
+    # As much as the volume, and an extent for LVM's tables.
+    spare = SIZE // backend.granularity() + 1
+    rest = int(lvm_command("vgs", *words)) - spare
+    all_of_it = ["--yes", "-Wn", "-Zn", "-l", str(rest), "-n", "all", backend.group]
+    lvm_command("lvcreate", *all_of_it)
+    backend.keep_state(made.name, OPERATION)
+    refused(lambda: backend.keep_state(made.name, OTHER), errors.DiskFull)
+    write(backend, made.name, PATTERN * (SIZE // MiB))
+    # There is no room for the record that it is to be wiped.
+    backend.restore_state(made.name, OPERATION)
+    assert shown(backend, made.name) == bytes(SIZE)
+    assert not states(backend)
+    lvm_command("lvremove", "--yes", f"{backend.group}/all")
+
+
 def refused(call: Callable[[], object], kind: type[errors.Error]) -> None:
     try:
         call()
@@ -229,6 +342,12 @@ SHOWN: tuple[Callable[[lvm.LvmBackend], None], ...] = (
     what_has_snapshots_stays,
     a_snapshot_goes_alone,
     a_failed_snapshot_leaves_nothing,
+    a_restore_is_gone_on_with,
+    only_what_differs_is_written_back,
+    what_has_a_state_keeps_its_size,
+    a_snapshots_state_is_refused,
+    a_state_that_overflowed_is_told,
+    a_state_takes_what_it_can_use,
 )
 
 

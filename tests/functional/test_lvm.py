@@ -126,6 +126,21 @@ def test_nobody_sees_old_bytes(
     assert backend.incoming.read("new", limit=SIZE) == bytes(SIZE)
 
 
+def test_nobody_sees_old_bytes_of_a_state(
+    backend: lvm.LvmBackend, machine: Callable[[], sandbox.Machine], tmp_path: Path
+) -> None:
+    made = backend.allocate(test_contract.volume(backend, size=SIZE))
+    test_contract.fill(backend, made.name, PATTERN, tmp_path)
+    backend.keep_state(made.name, test_contract.OTHER)
+    # What was there is in the snapshot now.
+    test_contract.fill(backend, made.name, b"\x5a" * SIZE, tmp_path)
+    assert dirt(machine())
+    backend.drop_state(made.name, test_contract.OTHER)
+    assert backend.drain(60)
+    assert not dirt(machine())
+    assert set(backend.volumes.names()) == {made.name}
+
+
 KILLED = """
 import sys, time
 from virtmigrate import backends, conf, host
@@ -258,7 +273,7 @@ def test_layers_become_one_logical_volume(
 def test_resized_within_the_group(
     kinds: Kinds, machine: Callable[[], sandbox.Machine], tmp_path: Path
 ) -> None:
-    """A group keeps no states: the disk is copied beside itself."""
+    """The disk is copied beside itself, which a kept state would not let grow."""
     there = Kinds(kinds.b, kinds.b, tmp_path)
     instance = there.spawn()
     before, volume = kinds.b.root(instance), kinds.b.disk(instance)[1]

@@ -16,19 +16,25 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from virtmigrate import errors, record, storagepool, wire
+from virtmigrate import errors, record, storagepool, wire, writing, xml
 from virtmigrate.backends import lvmtools
 from virtmigrate.host import Host
-from virtmigrate.units import GiB
+from virtmigrate.units import GiB, MiB
 
 _HEAD = 4096
 """Bytes that a record is looked for in; LVM zeroes them in a new volume."""
+
+_STRETCH = 32 * MiB
+"""Bytes of one stream."""
 
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
 
 _GROWING = "virtmigrate-grow-"
 """Begins the tag of a volume whose tail is not zeroed yet; its old size follows."""
+
+_STATE = ".state."
+"""Stands in the name of a kept state, between its volume and who keeps it."""
 
 
 class GroupPool(storagepool.Pool):
@@ -77,7 +83,11 @@ class GroupPool(storagepool.Pool):
             if fd is not None:
                 overwrite(fd, 0)
                 return
-        super().wipe(name, size)
+        if is_state(name):
+            # libvirt wipes no snapshot.
+            self._send_zeros(name, size)
+        else:
+            super().wipe(name, size)
 
     def discard(self, name: str) -> bool:
         """Discard all blocks of a volume; False where that cannot be done."""
@@ -91,6 +101,24 @@ class GroupPool(storagepool.Pool):
                     raise self._failed(f"discarding {name}: {e.strerror}") from e
                 return False
         return True
+
+    def keep(self, name: str, state: str) -> None:
+        """Make a snapshot of a volume, with room for all that can change.
+
+        Raises VolumeExists; on failure there is no volume of the name.
+        """
+        backing = xml.element("backingStore")
+        xml.add(backing, "path", self.volume_path(name))
+        # LVM cuts what is more than a snapshot of this volume can ever use.
+        self._create(state, 2 * self.physical(name), "raw", backing)
+
+    def states(self, name: str) -> set[str]:
+        """Return the kept states of a volume.
+
+        From afar without those that overflowed: libvirt does not list them.
+        """
+        found = {*self.names(), *self.snapshots(name)}
+        return {each for each in found if each.startswith(f"{name}{_STATE}")}
 
     # This machine's view
 
@@ -162,6 +190,20 @@ class GroupPool(storagepool.Pool):
         words = ["--noheadings", "-o", "lv_name", "--select", f"origin={name}"]
         return set(self._command("lvs", *words, self.group).split())
 
+    def is_overflowed(self, name: str) -> bool:
+        """Tell whether a snapshot ran out of room, as far as this process may ask.
+
+        What it held is lost then, and libvirt does not know of it.
+        """
+        if not self.is_managed():
+            return False
+        words = ["--noheadings", "-o", "lv_snapshot_invalid"]
+        select = ["--select", f"lv_name={name}"]
+        return bool(self._command("lvs", *words, *select, self.group).strip())
+
+    def remove_overflowed(self, name: str) -> None:
+        self._command("lvremove", "--yes", self._at(name))
+
     def resize(self, name: str, size: int) -> None:
         """Cut a volume, or add zeros to it; can be called again after a kill.
 
@@ -185,6 +227,14 @@ class GroupPool(storagepool.Pool):
             self.refresh()
 
     # Private
+
+    def _send_zeros(self, name: str, size: int) -> None:
+        target = writing.VolumeTarget(self, name, size)
+        with target.writer(size, lambda: None) as writer:
+            for start in range(0, size, MiB):
+                writer.write(start, bytes(min(MiB, size - start)))
+                if (start + MiB) % _STRETCH == 0:
+                    writer.finish()
 
     def _demand_free(self, name: str, error: errors.Error) -> None:
         """Raise VolumeExists from a command's failure, if the name is taken."""
@@ -267,6 +317,16 @@ def overwrite(fd: int, start: int) -> None:
     """Zero a device from start to its end, and have that on its storage."""
     _each_range(fd, _BLKZEROOUT, start, os.lseek(fd, 0, os.SEEK_END))
     os.fsync(fd)
+
+
+def state_name(name: str, operation: str) -> str:
+    """Return how the state is called that an operation keeps of a volume."""
+    return f"{name}{_STATE}{operation}"
+
+
+def is_state(name: str) -> bool:
+    """Tell whether a volume of this name is a kept state."""
+    return _STATE in name and not record.is_volume_name(name)
 
 
 def mapped_name(group: str, name: str) -> str:

@@ -12,12 +12,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, poolxml, storagepool, stream
+from virtmigrate import (
+    domainxml,
+    errors,
+    known,
+    model,
+    poolxml,
+    reading,
+    storagepool,
+    stream,
+)
 from virtmigrate.backends import base, clearing, group, keeping, terms
 from virtmigrate.formats import DiskFormat
 from virtmigrate.host import Host
 from virtmigrate.model import VolumeState
+
+LOG = logging.getLogger(__name__)
 
 
 class LvmBackend(base.Backend):
@@ -27,7 +39,7 @@ class LvmBackend(base.Backend):
     capabilities = terms.Capabilities(
         formats=(DiskFormat.RAW,),
         overlays=False,
-        snapshots=False,
+        snapshots=True,
         shared=False,
         streams=True,
         thick=True,
@@ -142,12 +154,42 @@ class LvmBackend(base.Backend):
     def users(self, name: str) -> set[str]:
         found = super().users(name)
         # LVM removes a volume's snapshots with it, and asks nobody.
-        return found | self._volumes.snapshots(name)
+        clones = self._volumes.snapshots(name)
+        return found | {each for each in clones if not group.is_state(each)}
+
+    # States
+
+    def keep_state(self, name: str, operation: str) -> None:
+        stored = self.volumes.find(name)
+        if stored is not None and stored.body.parent is not None:
+            raise self._refused(f"keep the state of {name}", "it is a snapshot itself")
+        state = group.state_name(name, operation)
+        self._await_wiped({state})
+        # libvirt does not see one that overflowed.
+        self._demand_whole(state)
+        with contextlib.suppress(errors.VolumeExists):
+            self._volumes.keep(name, state)
+
+    def restore_state(self, name: str, operation: str) -> None:
+        state = group.state_name(name, operation)
+        # One that is being wiped was restored.
+        if self.volumes.find(state) is None and state in self._volumes.states(name):
+            self._demand_whole(state)
+            self._copy_back(name, state)
+            self.persist(self.disks.name, name)
+        self.drop_state(name, operation)
+
+    def drop_state(self, name: str, operation: str) -> None:
+        state = group.state_name(name, operation)
+        if state in self._volumes.states(name):
+            self._drop(name, state)
 
     # Removing
 
     def remove(self, name: str) -> None:
         self._demand_unused(name)
+        for state in self._volumes.states(name):
+            self._drop(name, state)
         stored = None
         with contextlib.suppress(errors.RecordBroken):
             stored = self.volumes.find(name)
@@ -180,6 +222,7 @@ class LvmBackend(base.Backend):
         # says on what it stands.
         self._demand(retired.parent is None, f"rename {retired.name}, a clone")
         self._demand_managed(f"rename {retired.name}")
+        self._demand_no_state(retired.name)
         # Who was killed may not have told libvirt.
         self.disks.refresh()
         present, found = set(self.disks.names()), terms.Reuse.MOVED
@@ -199,9 +242,97 @@ class LvmBackend(base.Backend):
     def grow(self, name: str, size: int) -> None:
         """Make an incoming volume longer; zeros are added. Raises Unsupported."""
         self._demand_managed(f"grow {name}")
+        self._demand_no_state(name)
         self._volumes.resize(name, max(size, self.disks.physical(name)))
 
     # Private
+
+    def _copy_back(self, name: str, state: str) -> None:
+        """Make a volume what its state is; what is equal already is not written."""
+        size = self.disks.physical(name)
+        with stream.Mover() as mover:
+            now = mover.survey(self._reader(name, size))
+            before = mover.copy(
+                self._reader(state, size), self.target(name, size), known.Known(now)
+            )
+            found = mover.survey(self._reader(name, size))
+        if found.root() != before.root():
+            raise errors.VerificationFailed(
+                volume=state,
+                host=self.host.name,
+                found=found.root(),
+                expected=before.root(),
+            )
+
+    def _reader(self, name: str, size: int) -> reading.Source:
+        path = self.local_file(self.disks, name)
+        if path is not None:
+            return reading.FileSource(path, size)
+        return reading.VolumeSource(self.disks, name, size)
+
+    def _drop(self, name: str, state: str) -> None:
+        """Delete a state, wiped where volumes are; can be called again."""
+        if self._volumes.is_overflowed(state):
+            self._volumes.remove_overflowed(state)
+        elif self._doom(name, state):
+            self._clearing.add(state)
+        else:
+            self.disks.delete(state)
+
+    def _doom(self, name: str, state: str) -> bool:
+        """Note that a state is none any more, before it is wiped; False where it need
+        not or cannot be wiped."""
+        stored = None
+        with contextlib.suppress(errors.RecordBroken):
+            stored = self.volumes.find(name)
+        if stored is None or self._clear == "none":
+            return False
+        doomed = msgspec.structs.replace(
+            stored.body,
+            name=state,
+            path=self.disks.volume_path(state),
+            state=VolumeState.DOOMED,
+            holds=(),
+        )
+        if self.volumes.find(state) is None:
+            try:
+                self.update(doomed)
+            except errors.NoSpace as e:
+                LOG.warning("volume=%s goes without being wiped: %s", state, e)
+                return False
+        return True
+
+    def _await_wiped(self, states: set[str]) -> None:
+        """Wait until those of some states that were dropped are gone."""
+        if any(self.volumes.find(state) for state in states):
+            self.drain()
+        for state in states:
+            if self.volumes.find(state) is not None:
+                raise errors.StorageError(
+                    host=self.host.name,
+                    pool=self.disks.name,
+                    reason=f"{state} was dropped, and is not wiped yet; see the log",
+                )
+
+    def _demand_whole(self, state: str) -> None:
+        if self._volumes.is_overflowed(state):
+            raise errors.StorageError(
+                host=self.host.name,
+                pool=self.disks.name,
+                reason=f"{state} ran out of room: what it kept is lost. The volume is "
+                "as it was; drop the state",
+            )
+
+    def _demand_no_state(self, name: str) -> None:
+        self._await_wiped(self._volumes.states(name))
+        if states := self._volumes.states(name):
+            raise self._refused(
+                f"change the size of {name}, or its name",
+                f"{', '.join(sorted(states))} is kept, and is a snapshot of it",
+            )
+
+    def _refused(self, operation: str, reason: str) -> errors.Unsupported:
+        return errors.Unsupported(backend=self.name, operation=operation, reason=reason)
 
     def _clone_record(self, image: model.Volume, volume: model.Volume) -> model.Volume:
         found = super()._clone_record(image, volume)

@@ -179,7 +179,10 @@ def _is_file(ref: model.DiskRef) -> bool:
 def _is_kept(ref: model.DiskRef, backend: base.Backend) -> bool:
     """Tell whether a disk stays what it is, in its place, until the confirm."""
     can = backend.capabilities
-    return ref.role is Role.CONFIG or can.overlays or can.snapshots
+    # Within one host's own storage a copy is better: it can grow, which LVM's volumes
+    # with snapshots cannot.
+    keeps = can.snapshots and can.shared
+    return ref.role is Role.CONFIG or can.overlays or keeps
 
 
 def _unreadable(ref: model.DiskRef, backend: base.Backend) -> str | None:
