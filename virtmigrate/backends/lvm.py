@@ -170,14 +170,15 @@ class LvmBackend(base.Backend):
         with contextlib.suppress(errors.VolumeExists):
             self._volumes.keep(name, state)
 
-    def restore_state(self, name: str, operation: str) -> None:
+    def restore_state(self, name: str, operation: str, *, keep: bool = False) -> None:
         state = group.state_name(name, operation)
         # One that is being wiped was restored.
         if self.volumes.find(state) is None and state in self._volumes.states(name):
             self._demand_whole(state)
             self._copy_back(name, state)
             self.persist(self.disks.name, name)
-        self.drop_state(name, operation)
+        if not keep:
+            self.drop_state(name, operation)
 
     def drop_state(self, name: str, operation: str) -> None:
         state = group.state_name(name, operation)

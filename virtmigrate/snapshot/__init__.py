@@ -48,7 +48,7 @@ class Snapshots:
         Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
         """
         with self._work(uuid) as work:
-            return Creation(work, progress).run(wanted)
+            return self._create(work, wanted, progress)
 
     def revert(
         self, uuid: str, wanted: Return, progress: Progress | None = None
@@ -150,6 +150,17 @@ class Snapshots:
     def _work(self, uuid: str) -> Iterator[Work]:
         with self._here.claimed(uuid):
             yield Work(self._here, uuid)
+
+    def _create(
+        self, work: Work, wanted: Wanted, progress: Progress | None
+    ) -> Snapshot:
+        try:
+            return Creation(work, progress).run(wanted)
+        except errors.QuiesceFailed:
+            left = snapshottree.find(work.found.snapshots, wanted.name)
+            if left is not None:
+                self._delete(work, (left,))
+            raise
 
     def _finish(self, work: Work) -> None:
         found = work.found

@@ -5,6 +5,7 @@ What is on its way stands in the instance's record. The domain's XML says whethe
 guest has gone on in the new layers: then the snapshot is made, whatever was killed.
 """
 
+import contextlib
 import re
 import time
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ class Creation:
     def run(self, wanted: Wanted) -> Snapshot:
         """Take it. On failure all is as before.
 
-        Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
+        Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled. QuiesceFailed
+        may leave a snapshot behind, which is not consistent: the caller deletes it.
         """
         plan = self.plan(wanted)
         work, snapshot = self._work, plan.snapshot
@@ -110,12 +112,12 @@ class Creation:
         try:
             self._prepare(plan)
             self._freeze(plan, wanted)
-        except BaseException:
-            if self.recover(found):
-                # The guest had gone on in its layers all the same.
-                LOG.exception("snapshot=%s was taken, with an error", snapshot.name)
-                return snapshot
-            raise
+        except BaseException as e:
+            if not self.recover(found) or isinstance(e, errors.QuiesceFailed):
+                raise
+            # The guest had gone on in its layers all the same.
+            LOG.exception("snapshot=%s was taken, with an error", snapshot.name)
+            return work.snapshot(snapshot.id)
         self._commit(found)
         return snapshot
 
@@ -128,7 +130,8 @@ class Creation:
         if not off:
             work.states.end_job(work.uuid)
         if self._is_switched(change):
-            self._commit(found)
+            # Whether its file systems were frozen all the time, nobody knows any more.
+            self._commit(_doubted(found))
             return True
         self._wake(change.snapshot)
         work.drop_states(change.snapshot)
@@ -307,12 +310,19 @@ class Creation:
             held=own if memory else (),
             memory=memory or None,
         )
-        if own and not memory:
-            work.states.pause(work.uuid)
-        if request.layers or memory:
-            work.states.freeze(work.uuid, request, self._progress, wanted.timeout)
-        self._keep_own(snapshot)
-        self._wake(snapshot)
+        with self._quiesced(wanted):
+            if own and not memory:
+                work.states.pause(work.uuid)
+            if request.layers or memory:
+                work.states.freeze(work.uuid, request, self._progress, wanted.timeout)
+            self._keep_own(snapshot)
+            self._wake(snapshot)
+
+    def _quiesced(self, wanted: Wanted) -> contextlib.AbstractContextManager[None]:
+        """Have the guest's file systems frozen, if that is asked for."""
+        if not wanted.quiesce:
+            return contextlib.nullcontext()
+        return self._work.here.agents.frozen(self._work.uuid)
 
     def _wake(self, snapshot: Snapshot) -> None:
         """Let a guest go on that was stopped for its snapshot."""
@@ -366,6 +376,17 @@ class Creation:
 
 
 # Private
+
+
+def _doubted(found: model.Instance) -> model.Instance:
+    """Return a record whose new snapshot counts as taken from a running guest."""
+    change = found.change
+    assert change is not None and change.snapshot is not None
+    if change.snapshot.consistency is not Consistency.FILES:
+        return found
+    snapshot = msgspec.structs.replace(change.snapshot, consistency=Consistency.CRASH)
+    change = msgspec.structs.replace(change, snapshot=snapshot)
+    return msgspec.structs.replace(found, change=change)
 
 
 def _tops(found: model.Instance, layers: Layers) -> tuple[model.DiskRef, ...]:
