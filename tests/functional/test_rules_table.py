@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.functional.conftest import Node, World
-from tests.functional.test_snapshots import byte, expect_volumes, write
+from tests.functional.guestdisk import byte, write
+from tests.functional.test_snapshots import expect_volumes
 from virtmigrate import errors
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted, rules
 from virtmigrate.snapshottree import Taken
