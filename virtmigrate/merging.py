@@ -4,7 +4,7 @@
 import contextlib
 import time
 import uuid as uuids
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import libvirt
 
@@ -27,7 +27,14 @@ _STAND_IN_MEMORY = 32 * MiB
 class Merges(Domains):
     """Merges layers of one host's domains. Safe to share between threads."""
 
-    def merge(self, uuid: str, target: str, top: str, base: str) -> bool:
+    def merge(
+        self,
+        uuid: str,
+        target: str,
+        top: str,
+        base: str,
+        told: Callable[[], None] | None = None,
+    ) -> bool:
         """Write a layer of a running domain's disk into the one below it.
 
         Where it is the top the guest writes to the other one from then on. The layer
@@ -35,6 +42,9 @@ class Merges(Domains):
 
         Arguments:
             top, base: paths.
+            told: has others know that the lower one is the disk, where they have to
+                before the guest writes to it: it stands still meanwhile. On failure it
+                stays paused, until the next call.
         Returns whether it is done; False: QEMU gave up, and the layer is still needed.
         """
         is_begun, idle, wait = False, 0, _SOON
@@ -48,6 +58,11 @@ class Merges(Domains):
                 self._begin(uuid, target, top, base, is_active=chain[0] == top)
                 is_begun = True
             elif chain[0] == top and job and job["cur"] == job["end"] > 0:
+                if told is not None and not self._stands_still(uuid, target):
+                    continue
+                if told is not None:
+                    told()
+                    told = None
                 with self._domain(uuid, f"ending the merge of {target}") as domain:
                     _pivot(domain, target)
             time.sleep(wait)
@@ -73,6 +88,12 @@ class Merges(Domains):
                 self.kill(uuid)
 
     # Private
+
+    def _stands_still(self, uuid: str, target: str) -> bool:
+        """Have the guest paused; tell whether all that it wrote is in both layers."""
+        self.pause(uuid)
+        job = self._job_of(uuid, target)
+        return bool(job) and job["cur"] == job["end"]
 
     def _chain(self, uuid: str, target: str) -> list[str]:
         for disk in domainxml.disks(self.live_xml(uuid)):

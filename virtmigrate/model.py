@@ -237,7 +237,8 @@ class Change(Struct, frozen=True):
     gone: tuple[str, ...] = ()
     """Ids that are deleted."""
     power: str = ""
-    """What the guest is to be after a revert: running, paused or off."""
+    """What the guest is to be after a revert: running, paused or off; of a merge, what
+    it did before it was paused for that."""
     configuration: bool = False
     """A revert brings the snapshot's configuration back, too."""
     layer: DiskRef | None = None

@@ -18,6 +18,7 @@ from oslo_log import log as logging
 
 from virtmigrate import domainxml, errors, model, node
 from virtmigrate.instance import Power
+from virtmigrate.migration import trees
 from virtmigrate.migration.plan import NVRAM
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
@@ -175,12 +176,15 @@ def _placed(here: node.Node, found: model.Instance) -> model.Instance:
         msgspec.structs.replace(ref, backend=_backend_of(here, found, ref))
         for ref in found.disks
     )
+    names = zip(found.disks, disks, strict=True)
+    backends = {before.backend: now.backend for before, now in names}
     return msgspec.structs.replace(
         found,
         host=here.name,
         state=InstanceState.HERE,
         operation=uuids.uuid4().hex[:16],
         disks=disks,
+        snapshots=trees.at_peer(found.snapshots, {}, backends),
         peer=None,
         domain_xml=None,
         autostart=False,

@@ -114,12 +114,23 @@ class Tenures:
                 self._note_clients(backend, found, is_off=is_off)
 
     def amend(self, found: model.Instance) -> None:
-        """Say which disks an instance has from now on; it runs on. HeldElsewhere."""
+        """Say which disks and snapshots an instance has from now on; it runs on.
+
+        And its configuration, where the record has one. Raises HeldElsewhere.
+        """
 
         def amended(tenure: model.Tenure | None) -> model.Tenure | None:
             if tenure is None or not rights.has(tenure, self._host):
                 return None
-            record = msgspec.structs.replace(tenure.record, disks=found.disks)
+            record = msgspec.structs.replace(
+                tenure.record,
+                disks=found.disks,
+                snapshots=found.snapshots,
+                current=found.current,
+                detached=found.detached,
+                change=found.change,
+                domain_xml=found.domain_xml or tenure.record.domain_xml,
+            )
             return msgspec.structs.replace(tenure, record=record)
 
         for backend in self._shared(found):

@@ -111,6 +111,8 @@ class Creation:
         found = work.publish(work.found, change=change)
         try:
             self._prepare(plan)
+            # Right before the guest goes on there, too: they are empty until then.
+            work.foretell(found, disks=plan.disks, change=None)
             self._freeze(plan, wanted)
         except BaseException as e:
             if not self.recover(found) or isinstance(e, errors.QuiesceFailed):

@@ -134,10 +134,11 @@ class Reverting:
         if change.what is Changing.REVERTING:
             work.states.kill(work.uuid)
             self._thaw(found)
-            self._restore_states(snapshot)
             text = work.states.xml(work.uuid)
             if change.configuration:
                 text = snapshot.domain_xml
+            work.foretell(found, domain_xml=text)
+            self._restore_states(found, snapshot, text)
             work.define(text, found)
             self._restore_memory(found, snapshot, change.power)
             change = msgspec.structs.replace(change, what=Changing.RESUMING)
@@ -232,12 +233,17 @@ class Reverting:
                 usable = msgspec.structs.replace(volume, state=VolumeState.USABLE)
                 backend.update(usable)
 
-    def _restore_states(self, snapshot: Snapshot) -> None:
-        for disk in snapshot.disks:
-            if disk.place is Place.OWN:
-                self._work.backend(disk).restore_state(
-                    disk.volume, snapshot.id, keep=True
-                )
+    def _restore_states(
+        self, found: model.Instance, snapshot: Snapshot, text: str
+    ) -> None:
+        own = [disk for disk in snapshot.disks if disk.place is Place.OWN]
+        if not own:
+            return
+        told = msgspec.structs.replace(found, domain_xml=text)
+        with self._work.here.tenures.rewriting(told):
+            for disk in own:
+                backend = self._work.backend(disk)
+                backend.restore_state(disk.volume, snapshot.id, keep=True)
 
     def _restore_memory(
         self, found: model.Instance, snapshot: Snapshot, power: str

@@ -18,7 +18,7 @@ from virtmigrate.backends import base
 from virtmigrate.model import Role, VolumeState
 from virtmigrate.snapshot.terms import Step
 from virtmigrate.snapshot.work import Work
-from virtmigrate.snapshottree import Place
+from virtmigrate.snapshottree import Place, Taken
 
 LOG = logging.getLogger(__name__)
 
@@ -83,8 +83,18 @@ class Tidying:
             role=above.role,
         )
         assert found.change is not None
-        change = msgspec.structs.replace(found.change, layer=layer)
+        change = msgspec.structs.replace(
+            found.change, layer=layer, power=self._power(found, layer)
+        )
         return self._work.publish(found, change=change)
+
+    def _power(self, found: model.Instance, layer: model.DiskRef) -> str:
+        """Return what the guest does that has to stand still for a moment, else ""."""
+        work = self._work
+        is_top = layer.volume in {ref.volume for ref in found.disks}
+        if not is_top or not work.here.tenures.concern(found):
+            return ""
+        return work.taken().value
 
     def _target(self, found: model.Instance, backend: base.Backend, name: str) -> str:
         """Return the disk in whose chain a layer is, "" if it is in none."""
@@ -104,17 +114,19 @@ class Tidying:
             return work.publish(found, change=_without_layer(change))
         above = stored.body
         below = work.volume(backend.name, str(above.backing))
-        self._write(backend, above, below, change.layer.target)
         is_disk = above.name in {ref.volume for ref in found.disks}
-        self._publish_merged(backend, above, below, is_disk=is_disk)
-        found = work.publish(
+        merged = msgspec.structs.replace(
             found,
             disks=tuple(_renamed(ref, backend, above, below) for ref in found.disks),
             snapshots=snapshottree.with_volume(
                 found.snapshots, backend.name, above.name, below.name
             ),
-            change=_without_layer(change),
         )
+        self._write(backend, above, below, merged)
+        if change.power == Taken.RUNNING.value:
+            work.states.unpause(work.uuid)
+        self._publish_merged(backend, above, below, is_disk=is_disk)
+        found = work.publish(merged, change=_without_layer(change))
         work.define(work.states.xml(work.uuid), found)
         backend.remove(above.name)
         LOG.info(
@@ -123,14 +135,28 @@ class Tidying:
         return found
 
     def _write(
-        self, backend: base.Backend, above: model.Volume, below: model.Volume, disk: str
+        self,
+        backend: base.Backend,
+        above: model.Volume,
+        below: model.Volume,
+        merged: model.Instance,
     ) -> None:
-        work = self._work
+        work, change = self._work, merged.change
+        assert change is not None and change.layer is not None
+        disk = change.layer.target
         top, base_path = backend.path(above), backend.path(below)
         if work.states.tops(work.uuid).get(disk) == base_path:
             return  # it was merged, and the guest went on below
         if disk and not work.states.is_off(work.uuid):
-            self._demand_merged(work.states.merge(work.uuid, disk, top, base_path), top)
+            told = None
+            if change.power:
+
+                def told() -> None:
+                    backend.persist(below.pool, below.name)
+                    work.foretell(merged)
+
+            is_done = work.states.merge(work.uuid, disk, top, base_path, told)
+            self._demand_merged(is_done, top)
             return
         arch = domainxml.arch(work.states.xml(work.uuid))
         # The one that stands on it, if any: QEMU writes into it what it stands on then.
@@ -219,7 +245,7 @@ def _is_ours(volume: model.Volume) -> bool:
 
 
 def _without_layer(change: model.Change) -> model.Change:
-    return msgspec.structs.replace(change, layer=None)
+    return msgspec.structs.replace(change, layer=None, power="")
 
 
 def _renamed(

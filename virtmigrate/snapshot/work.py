@@ -77,10 +77,19 @@ class Work:
     # The record
 
     def publish(self, found: model.Instance, **changes: object) -> model.Instance:
-        """Publish the instance's next record, and return it."""
+        """Publish the instance's next record, and return it.
+
+        Who takes it over, where other hosts see its disks, finds it there, too.
+        """
         changed: model.Instance = msgspec.structs.replace(found, **changes)
+        self.here.tenures.amend(changed)
         self.here.publish_instance(changed)
         return changed
+
+    def foretell(self, found: model.Instance, **changes: object) -> None:
+        """Say what the disks are if this host fails before the next publish()."""
+        changed: model.Instance = msgspec.structs.replace(found, **changes)
+        self.here.tenures.amend(changed)
 
     def demand_idle(self, doing: str) -> model.Instance:
         """Return the record; SnapshotRefused while something else is not finished."""
@@ -126,10 +135,12 @@ class Work:
         for name, volume in layers:
             backend = self.here.backend(name)
             below = backend.volumes.read(str(volume.backing)).body
-            backend.overlay(volume, below)
+            made = backend.overlay(volume, below)
+            backend.persist(made.pool, made.name)
+            backend.update(msgspec.structs.replace(made, state=VolumeState.USABLE))
 
     def settle_layers(self, refs: Iterable[model.DiskRef], operation: str) -> None:
-        """Publish that layers are usable, and that what they stand on is frozen."""
+        """Publish that what new layers stand on is frozen."""
         for ref in refs:
             if not ref.volume.endswith(f".{operation}"):
                 continue
@@ -138,9 +149,6 @@ class Work:
             if below.state is not VolumeState.FROZEN and below.owner == self.uuid:
                 frozen = msgspec.structs.replace(below, state=VolumeState.FROZEN)
                 backend.update(frozen)
-            backend.persist(layer.pool, layer.name)
-            usable = msgspec.structs.replace(layer, state=VolumeState.USABLE)
-            backend.update(usable)
 
     def drop_made(self, operation: str) -> None:
         """Remove all volumes that were made for an operation."""
