@@ -7,6 +7,7 @@ from typing import Any
 import libvirt_qemu
 
 from tests.functional.conftest import Node, World
+from tests.functional.sides import Side
 from virtmigrate.units import KiB, MiB
 
 OFFSET = 2 * MiB
@@ -14,7 +15,7 @@ LENGTH = 64 * KiB
 
 
 def write(
-    node: Node, instance: Any, byte: int, offset: int = OFFSET, disk: int = 0
+    node: Node | Side, instance: Any, byte: int, offset: int = OFFSET, disk: int = 0
 ) -> None:
     """Have QEMU write a block to a disk, as the guest would."""
     device = f"/machine/peripheral/virtio-disk{disk}/virtio-backend"
@@ -36,7 +37,7 @@ def byte(world: World, instance: Any, offset: int = OFFSET, target: str = "vda")
     return found[0]
 
 
-def power(node: Node, instance: Any, wanted: str) -> None:
+def power(node: Node | Side, instance: Any, wanted: str) -> None:
     if wanted == "off":
         node.driver.power_off(instance)
     elif wanted == "paused":

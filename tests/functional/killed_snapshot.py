@@ -16,7 +16,7 @@ import msgspec
 
 from tests.functional import killed
 from virtmigrate import domainstate, instance, merging, record, storagepool
-from virtmigrate.backends import making
+from virtmigrate.backends import making, rbd
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.snapshot import Return, Wanted
 
@@ -36,6 +36,9 @@ POINTS: list[killed.Point] = [
     (domainstate.States, "drop_inside"),
     (merging.Merges, "stand_in"),
     (merging, "_pivot"),
+    (rbd.RbdBackend, "keep_state"),
+    (rbd.RbdBackend, "restore_state"),
+    (rbd.RbdBackend, "drop_state"),
 ]
 LASTING: list[killed.Point] = [
     (domainstate.States, "freeze"),

@@ -15,10 +15,12 @@ from oslo_log import log as logging
 
 from virtmigrate import domainstate, errors, model, snapshottree
 from virtmigrate.formats import DiskFormat
+from virtmigrate.instance import Power
 from virtmigrate.model import Changing, Role, VolumeState
 from virtmigrate.progress import Progress
 from virtmigrate.snapshot import rules
 from virtmigrate.snapshot.terms import Step, Wanted
+from virtmigrate.snapshot.tidying import Tidying
 from virtmigrate.snapshot.work import FIXED, Layers, Work, new_operation
 from virtmigrate.snapshottree import (
     Consistency,
@@ -132,9 +134,12 @@ class Creation:
         if not off:
             work.states.end_job(work.uuid)
         if self._is_switched(change):
-            # Whether its file systems were frozen all the time, nobody knows any more.
-            self._commit(_doubted(found))
-            return True
+            if self._is_whole(change.snapshot):
+                # Whether its file systems were frozen all the time, nobody knows.
+                self._commit(_doubted(found))
+                return True
+            self._abandon(found, change.snapshot)
+            return False
         self._wake(change.snapshot)
         work.drop_states(change.snapshot)
         work.drop_made(change.operation)
@@ -314,10 +319,13 @@ class Creation:
         )
         with self._quiesced(wanted):
             if own and not memory:
+                # Before the layers, which say that all is kept.
                 work.states.pause(work.uuid)
+                self._keep_own(snapshot)
             if request.layers or memory:
                 work.states.freeze(work.uuid, request, self._progress, wanted.timeout)
-            self._keep_own(snapshot)
+            if memory:
+                self._keep_own(snapshot)
             self._wake(snapshot)
 
     def _quiesced(self, wanted: Wanted) -> contextlib.AbstractContextManager[None]:
@@ -346,6 +354,39 @@ class Creation:
         return bool(layers) and all(
             tops.get(target) == path for target, path in layers.items()
         )
+
+    def _is_whole(self, snapshot: Snapshot) -> bool:
+        """Tell whether the backends kept what they were to, beside the layers.
+
+        After the memory that comes last. A guest that was let go on since is not held
+        any more, and it is too late.
+        """
+        own = any(disk.place is Place.OWN for disk in snapshot.disks)
+        if not own or snapshot.memory is Memory.NONE:
+            return True
+        if self._work.states.power(self._work.uuid) is Power.RUNNING:
+            return False
+        try:
+            self._keep_own(snapshot)
+        except errors.Error as e:
+            LOG.warning("snapshot=%s is given up: %s", snapshot.name, e)
+            return False
+        return True
+
+    def _abandon(self, found: model.Instance, snapshot: Snapshot) -> None:
+        """Keep the layers that the guest goes on in, and merge them; no snapshot."""
+        work, change = self._work, found.change
+        assert change is not None
+        self._wake(snapshot)
+        work.drop_states(snapshot)
+        work.settle_layers(change.disks, change.operation)
+        if snapshot.memory_volume:
+            work.here.files.remove(snapshot.memory_volume)
+        tidying = model.Change(what=Changing.TIDYING, operation=change.operation)
+        found = work.publish(found, disks=change.disks, change=tidying)
+        work.define(work.states.xml(work.uuid), found)
+        Tidying(work).run(found)
+        LOG.info("instance=%s snapshot=%s undone", work.uuid, snapshot.name)
 
     def _commit(self, found: model.Instance) -> None:
         """Publish what was done: from here on it is a snapshot."""

@@ -133,7 +133,7 @@ class Reverting:
         snapshot = change.snapshot
         if change.what is Changing.REVERTING:
             work.states.kill(work.uuid)
-            self._thaw(found)
+            self._thaw(found, snapshot)
             text = work.states.xml(work.uuid)
             if change.configuration:
                 text = snapshot.domain_xml
@@ -224,14 +224,25 @@ class Reverting:
             return snapshot.taken.value
         return self._work.taken().value
 
-    def _thaw(self, found: model.Instance) -> None:
-        """Say of the volumes that the guest writes to from now on that they change."""
+    def _thaw(self, found: model.Instance, snapshot: Snapshot) -> None:
+        """Say of the volumes that the guest writes to from now on that they change.
+
+        Those that become what they were have their size of then, too.
+        """
+        then = {
+            (each.backend, each.volume): each.size
+            for each in snapshot.disks
+            if each.place is not Place.EXTERNAL
+        }
         for ref in found.disks:
-            backend = self._work.backend(ref)
             volume = self._work.volume(ref.backend, ref.volume)
-            if volume.state is VolumeState.FROZEN:
-                usable = msgspec.structs.replace(volume, state=VolumeState.USABLE)
-                backend.update(usable)
+            size = then.get((ref.backend, ref.volume), volume.size)
+            usable = volume.state in (VolumeState.USABLE, VolumeState.FROZEN)
+            thawed = msgspec.structs.replace(
+                volume, state=VolumeState.USABLE, size=size
+            )
+            if usable and thawed != volume:
+                self._work.backend(ref).update(thawed)
 
     def _restore_states(
         self, found: model.Instance, snapshot: Snapshot, text: str
