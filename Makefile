@@ -14,8 +14,6 @@ SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 # machine: `make test BACKENDS=dir,shared_dir,rbd,lvm` takes a share of it, test-full all.
 BACKENDS := dir,shared_dir,rbd
 ALL_BACKENDS := $(BACKENDS),lvm
-FUNCTIONAL := $(SANDBOX) exec --own test -- timeout -k 30 2400 \
-	$(PYTEST) tests/functional --durations=25 --require-backends=$(BACKENDS)
 TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer cache snapshot
@@ -44,7 +42,8 @@ test-unit: setup ## Run the unit tests: no root, no hosts
 	@timeout -k 10 300 $(PYTEST) tests/unit -n 2 $(TESTARGS)
 
 test-functional: image $(if $(findstring lvm,$(BACKENDS)),machine-image) ## Run the functional tests on hosts of their own
-	@timeout -k 60 2430 $(FUNCTIONAL) $(TESTARGS)
+	@timeout -k 60 2430 tools/functional --durations=25 \
+		--require-backends=$(BACKENDS) $(TESTARGS)
 
 test-full: image machine-image test-unit ## Run all tests, the long ones too
 	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \

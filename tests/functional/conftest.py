@@ -57,6 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of the kills of --full take those that leave N when divided by M: N/M",
     )
 
+    parser.addoption(
+        "--shard",
+        default="1/1",
+        help="of the modules take the Nth of M parts, with about as many tests: N/M",
+    )
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say of each kind of backend how many promises of the contract it keeps."""
@@ -82,11 +88,25 @@ def pytest_collection_modifyitems(
     for item in filter(lambda item: _is_on_lvm(item.nodeid), items):
         # The first one also waits for the machine.
         item.add_marker(pytest.mark.timeout(600))
-    if config.getoption("--full"):
-        return
-    for pattern, count in places.SHARE.items():
-        found = [item for item in items if re.search(pattern, item.nodeid)]
-        _sample(config, items, found, count)
+    if not config.getoption("--full"):
+        for pattern, count in places.SHARE.items():
+            found = [item for item in items if re.search(pattern, item.nodeid)]
+            _sample(config, items, found, count)
+    number, of = map(int, config.getoption("--shard").split("/"))
+    ours = _shards([item.path.name for item in items], of)[number - 1]
+    _drop(config, items, [item for item in items if item.path.name not in ours])
+
+
+def _shards(modules: list[str], count: int) -> list[set[str]]:
+    """Divide modules, each as often in the list as it has tests, into even parts."""
+    shards: list[set[str]] = [set() for _ in range(count)]
+    sizes = collections.Counter(modules)
+    loads = [0] * count
+    for module, size in sorted(sizes.items(), key=lambda each: (-each[1], each[0])):
+        lightest = loads.index(min(loads))
+        shards[lightest].add(module)
+        loads[lightest] += size
+    return shards
 
 
 def _sample(
