@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from tests.functional import places
@@ -136,3 +137,64 @@ def test_memory_is_given_up(world: World, why: str, state: str) -> None:
     assert byte(world, guest) == 1
     assert consistency.check(a.driver.node) == []
     assert a.driver.settle() == []
+
+
+def test_names_at_their_limits(world: World, guest: Any) -> None:
+    snapshots, uuid = world.a.driver.snapshots, guest.uuid
+    longest = "a" * 64
+    for wanted in (Wanted(longest + "a"), Wanted("x", layer=longest + "a")):
+        with pytest.raises(errors.SnapshotRefused, match="64 at most"):
+            snapshots.create(uuid, wanted)
+    snapshots.create(uuid, Wanted(longest, layer=longest, description="d" * 4096))
+    write(world.a, guest, 2)
+    with pytest.raises(errors.SnapshotRefused, match="64 at most"):
+        snapshots.revert(uuid, Return(longest, layer="../x"))
+    snapshots.revert(uuid, Return(longest, layer=longest))
+    assert byte(world, guest) == 1
+    snapshots.delete(uuid, longest)
+    assert byte(world, guest) == 1
+
+
+def test_limits(world: World, guest: Any) -> None:
+    world.a.overrides = {"max_chain": 3, "max_snapshots": 4}
+    world.a.new_driver()
+    snapshots, uuid = world.a.driver.snapshots, guest.uuid
+    for number in (1, 2):
+        snapshots.create(uuid, Wanted(f"s{number}"))
+        write(world.a, guest, number + 1)
+    with pytest.raises(errors.SnapshotRefused, match="max_chain"):
+        snapshots.create(uuid, Wanted("s3"))
+    with pytest.raises(errors.SnapshotRefused, match="max_chain"):
+        snapshots.revert(uuid, Return("s1", keep="s3"))
+    snapshots.revert(uuid, Return("s1"))
+    for number in (3, 4):
+        snapshots.create(uuid, Wanted(f"s{number}"))
+        snapshots.revert(uuid, Return("s1"))
+    with pytest.raises(errors.SnapshotRefused, match="max_snapshots"):
+        snapshots.create(uuid, Wanted("s5"))
+    assert byte(world, guest) == 1
+    assert consistency.check(world.a.driver.node) == []
+
+
+def test_the_guest_ends_while_memory_is_written(world: World) -> None:
+    a, snapshots = world.a, world.a.driver.snapshots
+    guest = world.spawn(a, memory_mb=8192)
+    write(a, guest, 1)
+    before = {name for name in a.files() if "instances" not in name}
+
+    def look(report: Report) -> None:
+        if report.phase == "freezing":
+            threading.Timer(0.3, strike).start()
+
+    def strike() -> None:
+        with contextlib.suppress(libvirt.libvirtError), a.libvirt() as conn:
+            conn.lookupByUUIDString(guest.uuid).destroy()
+
+    with pytest.raises(errors.Error):
+        snapshots.create(guest.uuid, checkpoint("x"), Progress(look, interval=0))
+    assert a.new_driver().settle() == []
+    assert {name for name in a.files() if "instances" not in name} == before
+    assert a.state_of(guest) == "shutoff"
+    assert byte(world, guest) == 1
+    a.driver.power_on(None, guest, None)
+    a.driver.snapshots.create(guest.uuid, Wanted("after"))

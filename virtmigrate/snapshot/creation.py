@@ -6,60 +6,22 @@ guest has gone on in the new layers: then the snapshot is made, whatever was kil
 """
 
 import contextlib
-import re
-import time
-from dataclasses import dataclass
 
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainstate, errors, model, snapshottree
+from virtmigrate import domainstate, errors, model
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
 from virtmigrate.model import Changing, Role, VolumeState
 from virtmigrate.progress import Progress
-from virtmigrate.snapshot import rules
-from virtmigrate.snapshot.terms import Step, Wanted
+from virtmigrate.snapshot import planning
+from virtmigrate.snapshot.terms import Wanted
 from virtmigrate.snapshot.tidying import Tidying
-from virtmigrate.snapshot.work import FIXED, Layers, Work, new_operation
-from virtmigrate.snapshottree import (
-    Consistency,
-    FrozenDisk,
-    Memory,
-    Place,
-    Snapshot,
-    Taken,
-)
+from virtmigrate.snapshot.work import Work
+from virtmigrate.snapshottree import Consistency, Memory, Place, Snapshot, Taken
 
 LOG = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DOING = "a snapshot"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a snapshot will be, before anything is touched."""
-
-    snapshot: Snapshot
-    disks: tuple[model.DiskRef, ...]
-    """As they are afterwards."""
-    layers: Layers
-    how: str
-
-    def steps(self) -> list[Step]:
-        """Return what would be done."""
-        found = [Step("freeze", self.snapshot.name, self.how)]
-        found += [
-            Step(each.place.value, each.target, f"{each.volume} in {each.backend}")
-            for each in self.snapshot.disks
-        ]
-        found += [
-            Step("layer", each.name, f"over {each.backing}") for _, each in self.layers
-        ]
-        if self.snapshot.memory_volume:
-            found.append(Step("memory", self.snapshot.memory_volume, "written"))
-        return found
 
 
 class Creation:
@@ -69,32 +31,9 @@ class Creation:
         self._work = work
         self._progress = progress or Progress()
 
-    def plan(self, wanted: Wanted) -> Plan:
+    def plan(self, wanted: Wanted) -> planning.Plan:
         """Return what would be done; SnapshotRefused, SnapshotExists."""
-        found = self._work.demand_idle(_DOING)
-        self._demand_name(found, wanted)
-        taken = self._work.taken()
-        operation = new_operation()
-        frozen = tuple(self._frozen(found, wanted))
-        self._demand_limits(found, frozen)
-        verdict = rules.create(
-            rules.Case(
-                places=frozenset(each.place for each in frozen),
-                memory=wanted.memory,
-                taken=taken,
-                quiesced=wanted.quiesce,
-                variables=any(ref.role is Role.NVRAM for ref in found.disks),
-            )
-        )
-        if not verdict.possible:
-            raise self._work.refused(_DOING, verdict.said)
-        layers = tuple(self._layers(found, frozen, wanted.layer, operation))
-        return Plan(
-            self._snapshot(found, wanted, taken, frozen, operation),
-            _tops(found, layers),
-            layers,
-            verdict.said,
-        )
+        return planning.Planner(self._work).plan(wanted)
 
     def run(self, wanted: Wanted) -> Snapshot:
         """Take it. On failure all is as before.
@@ -149,117 +88,7 @@ class Creation:
 
     # Private
 
-    def _demand_name(self, found: model.Instance, wanted: Wanted) -> None:
-        for name in filter(None, (wanted.name, wanted.layer)):
-            if not _NAME.fullmatch(name):
-                raise self._work.refused(
-                    _DOING,
-                    f"{name!r} is no name: letters, digits, dot, dash and underscore, "
-                    "64 at most",
-                )
-        if snapshottree.find(found.snapshots, wanted.name) is not None:
-            raise errors.SnapshotExists(
-                instance=found.uuid, host=self._work.here.name, snapshot=wanted.name
-            )
-
-    def _demand_limits(
-        self, found: model.Instance, frozen: tuple[FrozenDisk, ...]
-    ) -> None:
-        options = self._work.here.options
-        if len(found.snapshots) >= options.max_snapshots:
-            raise self._work.refused(
-                _DOING, f"it has {len(found.snapshots)} (max_snapshots): delete some"
-            )
-        for disk in frozen:
-            depth = len(self._work.backend(disk).chain(disk.volume))
-            if disk.place is Place.EXTERNAL and depth >= options.max_chain:
-                raise self._work.refused(
-                    _DOING,
-                    f"{disk.target} has {depth} layers (max_chain): delete snapshots "
-                    "that it stands on",
-                )
-
-    def _frozen(self, found: model.Instance, wanted: Wanted) -> list[FrozenDisk]:
-        known = {ref.target for ref in found.disks}
-        strange = (set(wanted.places) | wanted.left_out) - known
-        if strange:
-            raise self._work.refused(_DOING, f"no disk {', '.join(sorted(strange))}")
-        return [
-            self._frozen_disk(ref, wanted.places.get(ref.target))
-            for ref in found.disks
-            if ref.role not in FIXED and ref.target not in wanted.left_out
-        ]
-
-    def _frozen_disk(self, ref: model.DiskRef, place: Place | None) -> FrozenDisk:
-        backend = self._work.backend(ref)
-        volume = self._work.volume(ref.backend, ref.volume)
-        if volume.state is not VolumeState.USABLE:
-            raise self._work.refused(
-                _DOING, f"{ref.target}: {ref.volume} is {volume.state.value}"
-            )
-        place = place or rules.default_place(backend.capabilities)
-        verdict = rules.place(backend.capabilities, volume.format, place)
-        if not verdict.possible:
-            raise self._work.refused(
-                _DOING, f"{ref.target} {place.value}: {verdict.said}"
-            )
-        return FrozenDisk(
-            target=ref.target,
-            backend=ref.backend,
-            volume=ref.volume,
-            place=place,
-            size=volume.size,
-        )
-
-    def _layers(
-        self,
-        found: model.Instance,
-        frozen: tuple[FrozenDisk, ...],
-        prefix: str,
-        operation: str,
-    ) -> list[tuple[str, model.Volume]]:
-        outside = {d.target for d in frozen if d.place is Place.EXTERNAL}
-        return [
-            (ref.backend, self._work.layer_over(ref, ref.volume, prefix, operation))
-            for ref in found.disks
-            if ref.target in outside
-        ]
-
-    def _snapshot(
-        self,
-        found: model.Instance,
-        wanted: Wanted,
-        taken: Taken,
-        frozen: tuple[FrozenDisk, ...],
-        operation: str,
-    ) -> Snapshot:
-        work, consistency = self._work, Consistency.CRASH
-        if wanted.memory is not Memory.NONE:
-            consistency = Consistency.MEMORY
-        elif wanted.quiesce:
-            consistency = Consistency.FILES
-        outside = wanted.memory is Memory.EXTERNAL
-        with_memory = wanted.memory is not Memory.NONE
-        live = work.states.secure_xml(work.uuid) if with_memory else None
-        return Snapshot(
-            id=operation,
-            name=wanted.name,
-            kind=wanted.kind,
-            disks=frozen,
-            memory=wanted.memory,
-            taken=taken,
-            consistency=consistency,
-            domain_xml=work.states.xml(work.uuid),
-            created=time.time(),
-            by=wanted.by,
-            parent=found.current,
-            live_xml=live,
-            memory_backend=work.here.files.name if outside else "",
-            memory_volume=f"memory.{operation}" if outside else "",
-            description=wanted.description,
-        )
-
-    def _prepare(self, plan: Plan) -> None:
+    def _prepare(self, plan: planning.Plan) -> None:
         self._progress.phase("making layers")
         self._work.make_layers(plan.layers)
         if plan.snapshot.memory_volume:
@@ -281,7 +110,7 @@ class Creation:
             origin=self._work.here.name,
         )
 
-    def _freeze(self, plan: Plan, wanted: Wanted) -> None:
+    def _freeze(self, plan: planning.Plan, wanted: Wanted) -> None:
         snapshot = plan.snapshot
         self._progress.phase("freezing")
         if any(each.place is Place.INTERNAL for each in snapshot.disks):
@@ -295,7 +124,7 @@ class Creation:
             text = work.with_chains(snapshot.domain_xml, plan.disks)
             work.states.define(text)
 
-    def _keep_inside(self, plan: Plan, wanted: Wanted) -> None:
+    def _keep_inside(self, plan: planning.Plan, wanted: Wanted) -> None:
         work, snapshot = self._work, plan.snapshot
         if snapshot.memory is Memory.EXTERNAL:
             work.states.save_to(work.uuid, self._memory(snapshot).path)
@@ -307,7 +136,7 @@ class Creation:
             if disk.place is Place.OWN:
                 self._work.backend(disk).keep_state(disk.volume, snapshot.id)
 
-    def _freeze_running(self, plan: Plan, wanted: Wanted) -> None:
+    def _freeze_running(self, plan: planning.Plan, wanted: Wanted) -> None:
         work, snapshot = self._work, plan.snapshot
         own = tuple(d.target for d in snapshot.disks if d.place is Place.OWN)
         memory = snapshot.memory_volume and self._memory(snapshot).path
@@ -430,16 +259,6 @@ def _doubted(found: model.Instance) -> model.Instance:
     snapshot = msgspec.structs.replace(change.snapshot, consistency=Consistency.CRASH)
     change = msgspec.structs.replace(change, snapshot=snapshot)
     return msgspec.structs.replace(found, change=change)
-
-
-def _tops(found: model.Instance, layers: Layers) -> tuple[model.DiskRef, ...]:
-    over = {(backend, volume.backing): volume.name for backend, volume in layers}
-    return tuple(
-        msgspec.structs.replace(
-            ref, volume=over.get((ref.backend, ref.volume), ref.volume)
-        )
-        for ref in found.disks
-    )
 
 
 def _paths(

@@ -63,6 +63,7 @@ class Reverting:
         """Return what would be done; SnapshotRefused, SnapshotNotFound."""
         found = self._work.demand_idle(_DOING)
         snapshot = self._work.snapshot(wanted.snapshot)
+        self._work.demand_names(_DOING, wanted.keep or snapshot.name, wanted.layer)
         configuration = wanted.configuration
         if configuration is None:
             configuration = snapshot.kind is Kind.CHECKPOINT

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all changes of snapshots do: records, layers, states, configuration."""
 
+import re
 import uuid as uuids
 from collections.abc import Iterable
 
@@ -16,6 +17,8 @@ from virtmigrate.snapshottree import Memory, Place, Snapshot, Taken
 FIXED = (Role.CONFIG, Role.NVRAM)
 """Disks that no snapshot freezes: the guest cannot write to the one, and QEMU keeps
 the other with the memory only."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Layers = tuple[tuple[str, model.Volume], ...]
 """Layers that are to be made, each with the name of its backend."""
@@ -64,6 +67,16 @@ class Work:
         return errors.SnapshotRefused(
             doing=doing, instance=self.uuid, host=self.here.name, reason=reason
         )
+
+    def demand_names(self, doing: str, name: str, layer: str) -> None:
+        """Refuse names that are none; layers need not be named."""
+        for each in (name, layer) if layer else (name,):
+            if not _NAME.fullmatch(each):
+                raise self.refused(
+                    doing,
+                    f"{each!r} is no name: letters, digits, dot, dash and underscore, "
+                    "64 at most",
+                )
 
     def snapshot(self, key: str) -> Snapshot:
         """Return a snapshot by name or id; SnapshotNotFound."""
