@@ -181,6 +181,24 @@ def test_branch_from_inside_of_a_volume(
     assert (command.byte, command.state) == (2, state)
 
 
+def test_delete_waits_for_a_guest_that_gave_its_disks_up(
+    world: World, command: Snapshot
+) -> None:
+    """QEMU does so when the memory of a paused guest was written."""
+    a, instance = world.a, command.instance
+    a.driver.pause(instance)
+    command.run("create", "there", "--checkpoint")
+    command.run("delete", "there", code=FAILED)
+    assert (command.tree("list"), command.state) == ([], "paused")
+    said = command.run("create", "next", code=FAILED)[1]
+    assert "virtmigrate host settle" in said
+    a.driver.unpause(instance)
+    assert a.driver.settle() == []
+    test_snapshots.expect_volumes(a, instance, 1)
+    command.write(1)
+    assert command.byte == 1
+
+
 def test_refusals_say_what_to_do(world: World, command: Snapshot) -> None:
     for words, reason in (
         (("create", "x", "--place", "vda=internal"), "only a qcow2 volume"),
