@@ -245,6 +245,9 @@ class States(merging.Merges):
                 done = max(done, found)
             except errors.Cancelled as e:
                 ended = ended or e
+            except errors.Error as e:
+                # libvirt keeps a look waiting for 30 s while it begins or ends a job.
+                LOG.debug("instance=%s its job cannot be looked at: %s", uuid, e)
             if time.monotonic() > deadline and ended is None:
                 ended = self._failed(uuid, f"it took longer than {timeout:g} s")
             if ended is not None:
