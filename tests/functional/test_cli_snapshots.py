@@ -199,6 +199,19 @@ def test_delete_waits_for_a_guest_that_gave_its_disks_up(
     assert command.byte == 1
 
 
+def test_children_stay_when_nothing_can_be_kept(
+    world: World, command: Snapshot
+) -> None:
+    command.run("create", "base")
+    command.run("create", "child")
+    tree = command.tree("list")
+    for name, reason in (("no name", "is no name"), ("base", "has a snapshot base")):
+        words = ("revert", "base", "--delete-children", "--keep", name)
+        assert reason in command.run(*words, "--dry-run", code=FAILED)[1]
+        assert reason in command.run(*words, code=FAILED)[1]
+        assert command.tree("list") == tree
+
+
 def test_refusals_say_what_to_do(world: World, command: Snapshot) -> None:
     for words, reason in (
         (("create", "x", "--place", "vda=internal"), "only a qcow2 volume"),
