@@ -10,8 +10,9 @@ import pytest
 
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, power, write
-from virtmigrate import consistency
+from virtmigrate import consistency, errors
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.units import MiB
 
 
 def two_disks(world: World) -> Any:
@@ -101,3 +102,38 @@ def test_a_clone_of_an_image(world: World) -> None:
     if len(chain) > 1:
         assert below.read_bytes() == before
     assert consistency.check(a.driver.node) == []
+
+
+def test_firmware_variables_and_a_config_drive(world: World) -> None:
+    """No snapshot freezes them, and none loses them."""
+    a, snapshots = world.a, world.a.driver.snapshots
+    firmware = Path("/usr/share/OVMF")
+    guest = world.instance()
+    guest.config_drive_path = str(world.image(MiB, seed=7))
+    meta = {
+        "path": str(world.image()),
+        "disk_format": "raw",
+        "loader": str(firmware / "OVMF_CODE_4M.fd"),
+        "nvram_template": str(firmware / "OVMF_VARS_4M.fd"),
+    }
+    a.driver.spawn(None, guest, meta)
+    refs = a.driver.node.entitled(guest.uuid).disks
+    assert len(refs) == 3
+    write(a, guest, 1)
+    snapshots.create(guest.uuid, Wanted("disk"))
+    write(a, guest, 2)
+    inside = Wanted("in", Kind.CHECKPOINT, Memory.INTERNAL, {"vda": Place.INTERNAL})
+    with pytest.raises(errors.SnapshotRefused, match="firmware"):
+        snapshots.create(guest.uuid, inside)
+    snapshots.create(guest.uuid, Wanted("all", Kind.CHECKPOINT, Memory.EXTERNAL))
+    for name, expected in {"disk": 1, "all": 2}.items():
+        snapshots.revert(guest.uuid, Return(name))
+        assert byte(world, guest) == expected
+        assert a.state_of(guest) == "running"
+    snapshots.delete(guest.uuid, "disk", children=True)
+    now = a.driver.node.entitled(guest.uuid)
+    assert {ref.role for ref in now.disks} == {ref.role for ref in refs}
+    assert now.detached == ()
+    assert consistency.check(a.driver.node) == []
+    a.driver.destroy(None, guest, None)
+    assert a.files() == []
