@@ -15,7 +15,7 @@ import pytest
 from tests.functional import places
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, power, write
-from virtmigrate import consistency, errors
+from virtmigrate import consistency, errors, merging
 from virtmigrate.progress import Progress, Report
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
 from virtmigrate.units import KiB, MiB
@@ -198,3 +198,39 @@ def test_the_guest_ends_while_memory_is_written(world: World) -> None:
     assert byte(world, guest) == 1
     a.driver.power_on(None, guest, None)
     a.driver.snapshots.create(guest.uuid, Wanted("after"))
+
+
+@pytest.mark.parametrize("what", ["the guest ends", "libvirtd ends"])
+def test_it_ends_while_a_layer_is_merged(
+    world: World, guest: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, uuid = world.a, guest.uuid
+    a.driver.snapshots.create(uuid, Wanted("first"))
+    write(a, guest, 2)
+    pivot = merging._pivot
+    ended: list[str] = []
+
+    def strike(domain: "libvirt.virDomain", target: str) -> None:
+        if ended:
+            pivot(domain, target)
+        elif what == "libvirtd ends":
+            a.host.kill_libvirtd()
+        else:
+            domain.destroy()
+        ended.append(target)
+
+    monkeypatch.setattr(merging, "_pivot", strike)
+    with contextlib.suppress(errors.Error):
+        a.driver.snapshots.delete(uuid, "first")
+    assert ended
+    a.host.start_libvirtd()
+    assert a.new_driver().settle() == []
+    assert a.driver.snapshots.all(uuid) == ((), None)
+    assert byte(world, guest) == 2
+    state = "running" if what == "libvirtd ends" else "shutoff"
+    assert a.state_of(guest) == state
+    owned = [s for s in a.driver.node.files.catalog.all() if s.body.owner == uuid]
+    assert len(owned) == 1
+    assert consistency.check(a.driver.node) == []
+    a.driver.power_on(None, guest, None)
+    a.driver.snapshots.create(uuid, Wanted("after"))
