@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virtmigrate import host, model, node, peer, reading, storagepool, stream, writing
+from virtmigrate import (
+    host,
+    mailbox,
+    model,
+    peer,
+    reading,
+    storagepool,
+    stream,
+    writing,
+)
 from virtmigrate.formats import DiskFormat
 from virtmigrate.model import Proof, Role
 
@@ -66,7 +75,7 @@ def move(task: Task, there: host.Host) -> None:
 
     What the peer has is not sent, and what it has then is proven.
     """
-    other = peer.Peer(there, node.mailbox(there, GRACE))
+    other = peer.Peer(there, mailbox.of(there, GRACE))
     card = other.card().backends[0]
     transfer = other.reserve(_transfer(task, there, card), {card.name: card})
     with tempfile.TemporaryDirectory() as kept, stream.Mover(TUNING) as mover:
@@ -98,7 +107,7 @@ def main() -> None:
         # The memory of this process is looked at before it ends.
         sys.stdin.read()
         if task.verb == "move":
-            peer.Peer(there, node.mailbox(there, GRACE)).forget(task.operation)
+            peer.Peer(there, mailbox.of(there, GRACE)).forget(task.operation)
 
 
 # Private

@@ -19,6 +19,7 @@ from virtmigrate import (
     address,
     certificates,
     errors,
+    mailbox,
     node,
     storagepool,
     units,
@@ -355,7 +356,7 @@ def _encryption(there: Host, what: str, *, insecure: bool) -> Finding:
 
 def _card(conf: cfg.ConfigOpts, there: Host) -> Findings:
     group = conf[options.GROUP]
-    box = node.mailbox(there, group.record_grace, busy_timeout=group.busy_timeout)
+    box = mailbox.of(there, group.record_grace, busy_timeout=group.busy_timeout)
     far = peers.Peer(there, box)
     card = far.card()
     peers.agree(card)

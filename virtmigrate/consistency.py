@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, imagecache, model, node, record
+from virtmigrate import errors, imagecache, mailbox, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
@@ -99,7 +99,7 @@ class _Operations:
     def __init__(self, here: node.Node) -> None:
         self.journals = {path.stem for path in here.journals.glob("*.journal")}
         transfers = here.mailbox.transfers
-        self._noted = {name for name in transfers.names() if name != node.CARD}
+        self._noted = {name for name in transfers.names() if name != mailbox.CARD}
         self._transfers = {s.name: s.body for s in here.mailbox.open_transfers()}
 
     def is_open(self, operation: str) -> bool:

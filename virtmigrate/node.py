@@ -4,7 +4,6 @@
 import contextlib
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,6 +20,7 @@ from virtmigrate import (
     instance,
     limit,
     locks,
+    mailbox,
     manifest,
     model,
     nbdserver,
@@ -41,53 +41,12 @@ LOG = logging.getLogger(__name__)
 TICKETS = (1,)
 """Versions of the migration string that this release reads."""
 
-MAILBOX = "virtmigrate-mailbox"
-CARD = "host"
-
-
 _RUNNABLE = (model.InstanceState.HERE, model.InstanceState.ARRIVED)
 _OPEN = (
     model.InstanceState.ARRIVED,
     model.InstanceState.LEAVING,
     model.InstanceState.AWAY,
 )
-
-
-@dataclass(frozen=True)
-class Mailbox:
-    """Where hosts write what both need to know: cards and transfers."""
-
-    pool: storagepool.Pool
-    cards: record.Store[model.HostCard]
-    transfers: record.Store[model.Transfer]
-
-    def open_transfers(self) -> Iterator[record.Stored[model.Transfer]]:
-        """Yield all transfers; a record that cannot be read is logged, and stays.
-
-        What one peer wrote must not keep others from moving.
-        """
-        for name in self.transfers.names():
-            if name == CARD:
-                continue
-            try:
-                stored = self.transfers.find(name)
-            except (errors.StorageError, errors.LibvirtFailed) as e:
-                LOG.error("transfer=%r passed over: %s", name, e)
-                continue
-            if stored is not None and stored.body.operation != name:
-                LOG.error("transfer=%r passed over: it is of another operation", name)
-            elif stored is not None:
-                yield stored
-
-
-def mailbox(host: Host, grace: float, **pool_options: object) -> Mailbox:
-    """Return the mailbox of a host, ours or a peer's."""
-    pool = storagepool.Pool(host, MAILBOX, **pool_options)  # type: ignore[arg-type]
-    return Mailbox(
-        pool=pool,
-        cards=record.Store(pool, model.HostCard, grace=grace),
-        transfers=record.Store(pool, model.Transfer, grace=grace),
-    )
 
 
 class Node:
@@ -113,7 +72,7 @@ class Node:
         self.files = self._file_backend()
         self.domains = instance.Domains(self.host)
         self.tenures = tenure.Tenures(self.backends, self.name)
-        self.mailbox = mailbox(
+        self.mailbox = mailbox.of(
             self.host,
             self.options.record_grace,
             ownership=self.files.settings.ownership,
@@ -415,11 +374,11 @@ class Node:
             backends=tuple(card.of(backend, self.files) for backend in self.up()),
             accepts_moves=self.options.accept_moves,
         )
-        stored = self.mailbox.cards.find(CARD)
+        stored = self.mailbox.cards.find(mailbox.CARD)
         if stored is None or stored.body != ours:
             after = stored.generation if stored else 0
-            self.mailbox.cards.publish(CARD, ours, after=after)
-            self.mailbox.cards.prune(CARD)
+            self.mailbox.cards.publish(mailbox.CARD, ours, after=after)
+            self.mailbox.cards.prune(mailbox.CARD)
 
 
 def timeouts(conf: cfg.ConfigOpts) -> Timeouts:

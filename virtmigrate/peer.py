@@ -20,6 +20,7 @@ from virtmigrate import (
     assistance,
     errors,
     known,
+    mailbox,
     manifest,
     model,
     needs,
@@ -59,17 +60,17 @@ class Peer:
 
     Arguments:
         host: the connection to its transfer URI.
-        mailbox: its mailbox.
+        box: its mailbox.
         patience: seconds that its receiver has to begin with a request.
     """
 
     def __init__(
-        self, host: Host, mailbox: node.Mailbox, patience: float = 10.0
+        self, host: Host, box: mailbox.Mailbox, patience: float = 10.0
     ) -> None:
         self.host = host
         self.name = host.name
-        self._mailbox = mailbox
-        self.transfers = mailbox.transfers
+        self._mailbox = box
+        self.transfers = box.transfers
         self._patience = patience
         self._helps: dict[str, assistance.Assistance] = {}
 
@@ -80,7 +81,7 @@ class Peer:
 
         Raises HostError, RecordError; MigrationRefused comes from `agree`.
         """
-        return self._mailbox.cards.read(node.CARD).body
+        return self._mailbox.cards.read(mailbox.CARD).body
 
     def demand(self, needed: needs.Needs) -> None:
         """Raise HostError unless it can run such a domain and has the name free."""

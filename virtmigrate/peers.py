@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hosts that instances can be moved to, as the configuration says."""
 
-from virtmigrate import conf, node, ownhost
+from virtmigrate import conf, mailbox, node, ownhost
 from virtmigrate.host import Host
 from virtmigrate.peer import Peer
 
@@ -37,7 +37,7 @@ class Peers:
             timeouts=node.timeouts(self._here.conf),
             allow_insecure=dest in options.allow_insecure_peers,
         )
-        box = node.mailbox(
+        box = mailbox.of(
             host,
             options.record_grace,
             ownership=self._here.files.settings.ownership,

@@ -3,7 +3,7 @@
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node, storagepool
+from virtmigrate import errors, mailbox, model, storagepool
 from virtmigrate.model import TransferState
 from virtmigrate.units import format_bytes
 
@@ -21,9 +21,12 @@ class Room:
     """
 
     def __init__(
-        self, mailbox: node.Mailbox, card: model.BackendCard, incoming: storagepool.Pool
+        self,
+        box: mailbox.Mailbox,
+        card: model.BackendCard,
+        incoming: storagepool.Pool,
     ) -> None:
-        self._mailbox = mailbox
+        self._mailbox = box
         self._card = card
         self._incoming = incoming
 

@@ -11,7 +11,7 @@ import sandbox
 from sandbox.ceph import Ceph
 from tests.functional import places
 from tests.functional.sides import Kinds, Side
-from virtmigrate import errors, node
+from virtmigrate import errors, mailbox
 
 TIMEOUT = 5.0
 """As places.py sets it."""
@@ -60,7 +60,7 @@ def test_a_cluster_that_does_not_answer(
     other = kinds.spawn(flavor=kinds.flavor_of("files"))
     assert side.state_of(other) == "running"
     assert side.driver.get_available_resource(side.host.name)["local_gb"] > 0
-    card = side.driver.node.mailbox.cards.read(node.CARD).body
+    card = side.driver.node.mailbox.cards.read(mailbox.CARD).body
     assert [each.name for each in card.backends] == ["files"]
     side.driver.destroy(None, other, None)
     assert side.state_of(other) is None
@@ -76,7 +76,7 @@ def test_a_cluster_that_does_not_answer(
 
     frozen.thaw()
     eventually(lambda: settle(side))
-    card = side.driver.node.mailbox.cards.read(node.CARD).body
+    card = side.driver.node.mailbox.cards.read(mailbox.CARD).body
     assert [each.name for each in card.backends] == ["files", "ceph"]
     eventually(lambda: side.driver.destroy(None, before, None))
     assert not [name for name in side.volumes() if "vda" in name]

@@ -26,6 +26,7 @@ from virtmigrate import (
     errand,
     errors,
     host,
+    mailbox,
     manifest,
     model,
     node,
@@ -79,7 +80,7 @@ class Place:
         self.local = self.here.backends["local"]
         self.receiver = receiver.Receiver(self.here)
         self.source = host.Host(alpha.uri)
-        self.mailbox = storagepool.Pool(self.source, node.MAILBOX)
+        self.mailbox = storagepool.Pool(self.source, mailbox.MAILBOX)
         self.files = self.root / "local/mailbox" / alpha.name
         self.incoming = self.root / "local/incoming"
 

@@ -19,8 +19,8 @@ from tests.functional import places
 from tests.functional.sides import SIZE, Kinds, Side, put_layer, spoil
 from virtmigrate import errors
 from virtmigrate.formats import DiskFormat
+from virtmigrate.mailbox import CARD
 from virtmigrate.model import InstanceState
-from virtmigrate.node import CARD
 from virtmigrate.progress import Progress, Report
 from virtmigrate.units import MiB
 

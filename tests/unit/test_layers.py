@@ -64,6 +64,7 @@ FLOORS = {
     "card": 4,
     "rights": 2,
     "tenure": 4,
+    "mailbox": 3,
     "node": 4,
     "events": 4,
     "inventory": 4,

@@ -17,7 +17,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 
 from virtmigrate import conf as options
-from virtmigrate import errors, model, node
+from virtmigrate import errors, mailbox, model, node
 from virtmigrate.cli import halves
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.progress import Progress
@@ -139,7 +139,7 @@ def _demand_alike(conf: cfg.ConfigOpts, dest: str) -> model.HostCard | None:
     """
     there = node.Node(conf)
     try:
-        stored = there.mailbox.cards.find(node.CARD)
+        stored = there.mailbox.cards.find(mailbox.CARD)
         if stored is None:
             return None
         ours = {backend.name for backend in there.backends.values()}

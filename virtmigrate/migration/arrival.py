@@ -9,7 +9,7 @@ noted, in a record of its own, that it took the instance.
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, record
+from virtmigrate import domainxml, errors, mailbox, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
@@ -323,7 +323,7 @@ def complete(stored: record.Stored[model.Transfer]) -> model.Instance:
     if stored.body.record is None:
         raise errors.RecordBroken(
             host=stored.body.peer,
-            pool=node.MAILBOX,
+            pool=mailbox.MAILBOX,
             record=stored.name,
             reason="it was given without the instance's record",
         )

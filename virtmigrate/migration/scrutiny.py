@@ -5,7 +5,7 @@ A peer wrote it: it is held to its own operation's volumes, and to what is the
 instance's own on storage that both hosts see.
 """
 
-from virtmigrate import errors, model, node, qcow2, record, snapshottree, wire
+from virtmigrate import errors, mailbox, model, node, qcow2, record, snapshottree, wire
 from virtmigrate.backends import base, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration import trees
@@ -92,7 +92,7 @@ class Scrutiny:
     def refusal(self, reason: str) -> errors.RecordBroken:
         return errors.RecordBroken(
             host=self._here.name,
-            pool=node.MAILBOX,
+            pool=mailbox.MAILBOX,
             record=self._stored.name,
             reason=reason,
         )
