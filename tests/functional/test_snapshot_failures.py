@@ -176,25 +176,34 @@ def test_limits(world: World, guest: Any) -> None:
     assert consistency.check(world.a.driver.node) == []
 
 
-def test_the_guest_ends_while_memory_is_written(world: World) -> None:
+@pytest.mark.parametrize("what", ["the guest ends", "libvirtd ends"])
+def test_it_ends_while_memory_is_written(world: World, what: str) -> None:
     a, snapshots = world.a, world.a.driver.snapshots
     guest = world.spawn(a, memory_mb=8192)
     write(a, guest, 1)
     before = {name for name in a.files() if "instances" not in name}
+    striking: list[threading.Timer] = []
 
     def look(report: Report) -> None:
-        if report.phase == "freezing":
-            threading.Timer(0.3, strike).start()
+        if report.phase == "freezing" and not striking:
+            striking.append(threading.Timer(0.3, strike))
+            striking[0].start()
 
     def strike() -> None:
+        if what == "libvirtd ends":
+            a.host.kill_libvirtd()
+            return
         with contextlib.suppress(libvirt.libvirtError), a.libvirt() as conn:
             conn.lookupByUUIDString(guest.uuid).destroy()
 
     with pytest.raises(errors.Error):
         snapshots.create(guest.uuid, checkpoint("x"), Progress(look, interval=0))
+    striking[0].join()
+    a.host.start_libvirtd()
     assert a.new_driver().settle() == []
     assert {name for name in a.files() if "instances" not in name} == before
-    assert a.state_of(guest) == "shutoff"
+    state = "running" if what == "libvirtd ends" else "shutoff"
+    assert a.state_of(guest) == state
     assert byte(world, guest) == 1
     a.driver.power_on(None, guest, None)
     a.driver.snapshots.create(guest.uuid, Wanted("after"))
