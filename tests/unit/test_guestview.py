@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,7 +175,7 @@ with nbdserver.Server([layer], 1):
 
 
 def test_what_a_killed_process_left_is_removed(
-    chain: list[Layer], monkeypatch: pytest.MonkeyPatch
+    chain: list[Layer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private = Path(tempfile.gettempdir())
     argv = [sys.executable, "-c", KILLED, chain[1].source]
@@ -192,6 +193,11 @@ def test_what_a_killed_process_left_is_removed(
         assert left.exists()
     nbdserver.sweep()
     assert not left.exists()
+    # The kernel ends it with its parent, a moment later.
+    deadline = time.monotonic() + SECONDS
+    while servers(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_is_no_directory_of_ours_stays(
