@@ -11,9 +11,8 @@ SOURCES = $(wildcard virtmigrate sandbox tests benchmarks)
 ROOT := $(if $(filter-out 0,$(shell id -u)),$(if $(shell command -v sudo),sudo -E))
 SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 # Kinds that have to be tested: one whose parts are missing fails. LVM needs a virtual
-# machine: `make test BACKENDS=dir,shared_dir,rbd,lvm` takes a share of it, test-full all.
-BACKENDS := dir,shared_dir,rbd
-ALL_BACKENDS := $(BACKENDS),lvm
+# machine: `make test` takes a share of its tests, test-full all.
+BACKENDS := dir,shared_dir,rbd,lvm
 TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer cache snapshot
@@ -48,7 +47,7 @@ test-functional: image $(if $(findstring lvm,$(BACKENDS)),machine-image) ## Run 
 test-full: image machine-image test-unit ## Run all tests, the long ones too
 	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \
 		timeout -k 30 14300 $(PYTEST) tests/functional \
-		--require-backends=$(ALL_BACKENDS) --full $(TESTARGS)
+		--require-backends=$(BACKENDS) --full $(TESTARGS)
 
 lint: setup ## Check style, format and types
 	@.venv/bin/ruff check $(SOURCES)
