@@ -7,6 +7,7 @@ state none, inside or outside.
 """
 
 import enum
+import re
 from collections.abc import Collection, Iterator
 
 import msgspec
@@ -166,12 +167,36 @@ def is_inside(snapshot: Snapshot) -> bool:
     return any(disk.place is Place.INTERNAL for disk in snapshot.disks)
 
 
+def problem(snapshots: Snapshots, current: str | None) -> str | None:
+    """Return why these are no tree; None if they are one."""
+    ids = [each.id for each in snapshots]
+    names = [each.name for each in snapshots]
+    if not all(_ID.fullmatch(each) for each in ids) or len(set(ids)) != len(ids):
+        return "their ids are not unique, or not 16 hex digits"
+    if not all(map(is_name, names)) or len(set(names)) != len(names):
+        return "their names are not unique, or no names"
+    if not {current, *(each.parent for each in snapshots)} <= {None, *ids}:
+        return "one stands on a snapshot that is not there"
+    reached: set[str | None] = {None}
+    for _ in ids:
+        reached |= {each.id for each in snapshots if each.parent in reached}
+    return None if reached == {None, *ids} else "they stand on each other in a circle"
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a snapshot may be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 def with_volume(snapshots: Snapshots, backend: str, old: str, new: str) -> Snapshots:
     """Return a tree in which one volume holds what another one did."""
     return tuple(_with_volume(each, backend, old, new) for each in snapshots)
 
 
 # Private
+
+_ID = re.compile(r"[0-9a-f]{16}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _moved(each: Snapshot, parent: str | None) -> Snapshot:

@@ -5,7 +5,17 @@ A peer wrote it: it is held to its own operation's volumes, and to what is the
 instance's own on storage that both hosts see.
 """
 
-from virtmigrate import errors, mailbox, model, node, qcow2, record, snapshottree, wire
+from virtmigrate import (
+    domainxml,
+    errors,
+    mailbox,
+    model,
+    node,
+    qcow2,
+    record,
+    snapshottree,
+    wire,
+)
 from virtmigrate.backends import base, keeping
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration import trees
@@ -106,6 +116,9 @@ class Scrutiny:
         """Refuse an instance that is another, or has disks that were not sent."""
         if wanted.uuid != self._transfer.instance:
             raise self.refusal(f"it holds the record of instance {wanted.uuid}")
+        text = str(wanted.domain_xml)
+        if domainxml.uuid(text) != wanted.uuid:
+            raise self.refusal("it holds the configuration of another instance")
         sent = {(v.name, v.backend) for v in self._transfer.volumes if not v.held}
         for ref in wanted.disks:
             if (ref.volume, ref.backend) not in sent:
@@ -118,14 +131,18 @@ class Scrutiny:
         """Refuse a tree that holds what was not sent, and is not the instance's."""
         if wanted.change is not None or wanted.detached:
             raise self.refusal("its snapshots are not settled")
-        for backend, volume in sorted(snapshottree.volumes(wanted.snapshots)):
+        problem = snapshottree.problem(wanted.snapshots, wanted.current)
+        if problem:
+            raise self.refusal(f"its snapshots are no tree: {problem}")
+        held = snapshottree.volumes(wanted.snapshots, *snapshottree.Place)
+        for backend, volume in sorted(held | snapshottree.memories(wanted.snapshots)):
             if (volume, backend) in sent:
                 continue
             found = self._here.backend(backend).volumes.find(volume)
             if found is None or not self._is_own(found.body):
                 raise self.refusal(f"snapshots hold {volume}, not of this operation")
         for each in wanted.snapshots:
-            found_amiss = trees.obstacles(each)
+            found_amiss = trees.obstacles(wanted, each)
             if found_amiss:
                 raise self.refusal(f"snapshot {each.name}: {'; '.join(found_amiss)}")
 

@@ -34,7 +34,7 @@ def layers(record: model.Instance) -> Iterator[model.DiskRef]:
     """Yield what snapshots hold of disks, each volume once."""
     seen = set()
     for disk in _disks(record):
-        if disk.place is Place.EXTERNAL and (disk.backend, disk.volume) not in seen:
+        if disk.place is not Place.OWN and (disk.backend, disk.volume) not in seen:
             seen.add((disk.backend, disk.volume))
             yield model.DiskRef(
                 target=disk.target,
@@ -62,10 +62,15 @@ def at_peer(
     return tuple(_at_peer(each, named, backends) for each in snapshots)
 
 
-def obstacles(snapshot: Snapshot) -> list[str]:
-    """Return what in a snapshot's configuration keeps it on one host."""
+def obstacles(record: model.Instance, snapshot: Snapshot) -> list[str]:
+    """Return what in a snapshot's configuration keeps it on one host.
+
+    Or what would make it another instance's, or give it disks that are none of it.
+    """
     texts = filter(None, (snapshot.domain_xml, snapshot.live_xml))
-    return [found for text in texts for found in domainxml.obstacles(text)]
+    known = {ref.target for ref in record.disks}
+    known |= {disk.target for disk in snapshot.disks}
+    return [found for text in texts for found in _amiss(text, record, known)]
 
 
 def as_here(snapshots: Snapshots) -> Snapshots:
@@ -81,6 +86,16 @@ def as_here(snapshots: Snapshots) -> Snapshots:
 
 
 # Private
+
+
+def _amiss(text: str, record: model.Instance, known: set[str]) -> list[str]:
+    found = list(domainxml.obstacles(text))
+    if domainxml.uuid(text) != record.uuid:
+        found.append("it is the configuration of another instance")
+    disks = {disk.target for disk in domainxml.disks(text) if disk.chain}
+    if disks - known:
+        found.append(f"no record has its disks {', '.join(sorted(disks - known))}")
+    return found
 
 
 def _as_here(text: str) -> str:
@@ -101,7 +116,7 @@ def _obstacles(
         volumes = ", ".join(ref.volume for ref in record.detached)
         yield f"a revert detached {volumes}, which no disk of it is any more"
     for each in record.snapshots:
-        if found := obstacles(each):
+        if found := obstacles(record, each):
             yield f"snapshot {each.name} cannot be carried: {'; '.join(found)}"
     for disk in _disks(record):
         landing = landings.get(disk.target)

@@ -139,8 +139,9 @@ class Snapshots:
                         self._finish(work)
             except errors.InstanceBusy:
                 continue
-            except errors.Error as e:
-                LOG.warning("instance=%s its snapshots: %s", name, e)
+            except Exception as e:
+                # What one record says keeps no other from being finished.
+                LOG.exception("instance=%s its snapshots", name)
                 left.append(f"snapshots of {name}: {e}")
         return left
 

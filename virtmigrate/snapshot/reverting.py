@@ -112,7 +112,8 @@ class Reverting:
                 found,
                 disks=plan.disks,
                 current=plan.snapshot.id,
-                detached=(*found.detached, *plan.detached),
+                detached=_detached(found, plan),
+                **_size(plan),
                 change=msgspec.structs.replace(change, what=Changing.REVERTING),
             )
         )
@@ -170,12 +171,15 @@ class Reverting:
             kept = frozen.get(ref.target)
             if kept is None:
                 disks.append(ref)
-            elif kept.place is Place.EXTERNAL:
+                continue
+            ref = msgspec.structs.replace(ref, backend=kept.backend)
+            if kept.place is Place.EXTERNAL:
                 layer = self._work.layer_over(ref, kept.volume, prefix, operation)
                 layers.append((ref.backend, layer))
                 disks.append(msgspec.structs.replace(ref, volume=layer.name))
             else:
-                disks.append(msgspec.structs.replace(ref, volume=kept.volume))
+                volume = self._work.own(kept.backend, kept.volume)
+                disks.append(msgspec.structs.replace(ref, volume=volume.name))
         return tuple(disks), tuple(layers), tuple(detached)
 
     def _candidates(
@@ -271,7 +275,10 @@ class Reverting:
             work.states.kill(work.uuid)
         elif snapshot.memory is Memory.EXTERNAL:
             path = work.volume(snapshot.memory_backend, snapshot.memory_volume).path
-            text = work.with_chains(work.states.memory_xml(path), found.disks)
+            # Not what the file's head says: nobody looked at that, and libvirt would
+            # do as it says.
+            text = domainxml.without_runtime(str(snapshot.live_xml))
+            text = work.as_here(text, found)
             with work.here.starting(work.uuid):
                 work.states.restore_with(path, text)
 
@@ -283,6 +290,21 @@ class Reverting:
             work.states.start(work.uuid, paused=power == Taken.PAUSED.value)
         if power == Taken.RUNNING.value:
             work.states.unpause(work.uuid)
+
+
+def _detached(found: model.Instance, plan: Plan) -> tuple[model.DiskRef, ...]:
+    """Return what no disk is any more."""
+    disks = {(ref.backend, ref.volume) for ref in plan.disks}
+    gone = (*found.detached, *plan.detached)
+    return tuple(ref for ref in gone if (ref.backend, ref.volume) not in disks)
+
+
+def _size(plan: Plan) -> dict[str, int]:
+    """Return what the record says of a configuration that comes back."""
+    text = plan.snapshot.domain_xml
+    if not plan.configuration:
+        return {}
+    return {"memory": domainxml.memory(text), "vcpus": domainxml.vcpus(text)}
 
 
 _SEEN = tuple(role for role in model.Role if role is not model.Role.NVRAM)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all changes of snapshots do: records, layers, states, configuration."""
 
-import re
 import uuid as uuids
 from collections.abc import Iterable
 
@@ -18,7 +17,6 @@ FIXED = (Role.CONFIG, Role.NVRAM)
 """Disks that no snapshot freezes: the guest cannot write to the one, and QEMU keeps
 the other with the memory only."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Layers = tuple[tuple[str, model.Volume], ...]
 """Layers that are to be made, each with the name of its backend."""
@@ -44,6 +42,13 @@ class Work:
 
     def volume(self, backend: str, name: str) -> model.Volume:
         return self.here.backend(backend).volumes.read(name).body
+
+    def own(self, backend: str, name: str) -> model.Volume:
+        """Return the record of a volume of this instance; SnapshotRefused."""
+        found = self.volume(backend, name)
+        if found.owner != self.uuid or found.role is Role.IMAGE:
+            raise self.refused("a change", f"volume {name} is not this instance's")
+        return found
 
     def owned(self) -> list[tuple[base.Backend, model.Volume]]:
         """Return all volumes of the instance, in any backend that it has disks in."""
@@ -71,7 +76,7 @@ class Work:
     def demand_names(self, doing: str, name: str, layer: str) -> None:
         """Refuse names that are none; layers need not be named."""
         for each in (name, layer) if layer else (name,):
-            if not _NAME.fullmatch(each):
+            if not snapshottree.is_name(each):
                 raise self.refused(
                     doing,
                     f"{each!r} is no name: letters, digits, dot, dash and underscore, "
@@ -125,7 +130,7 @@ class Work:
         self, ref: model.DiskRef, below: str, prefix: str, operation: str
     ) -> model.Volume:
         """Return the record of a layer that is to be made over a volume."""
-        base_volume = self.volume(ref.backend, below)
+        base_volume = self.own(ref.backend, below)
         directory = base_volume.path.rpartition("/")[0]
         name = f"{prefix}-{ref.target}" if prefix else ref.target
         name = f"{name}.{operation}"
@@ -185,8 +190,28 @@ class Work:
         """Define the domain with a record's disks, and the tree in its metadata."""
         values = dict(domainxml.metadata_of(text) or {})
         values["snapshots"] = told(found)
-        text = domainxml.with_metadata(self.with_chains(text, found.disks), values)
-        self.states.define(text)
+        self.states.define(domainxml.with_metadata(self.as_here(text, found), values))
+
+    def as_here(self, text: str, found: model.Instance) -> str:
+        """Return an earlier configuration with what this host has for it now.
+
+        Chains and UEFI variables are the record's; what an interface is plugged into is
+        what the domain has.
+        """
+        if domainxml.uuid(text) != found.uuid:
+            raise self.refused("a change", "its configuration is another instance's")
+        text = self.with_chains(text, found.disks)
+        for ref in found.disks:
+            if ref.role is Role.NVRAM:
+                (layer,) = self.backend(ref).layers(ref.volume)
+                text = domainxml.with_nvram(text, layer.source)
+        plugged = {
+            each.mac.lower(): each
+            for each in domainxml.interfaces(self.states.xml(self.uuid))
+        }
+        macs = [each.mac.lower() for each in domainxml.interfaces(text)]
+        ends = [plugged[mac] for mac in macs if mac in plugged]
+        return domainxml.with_interfaces(text, ends)
 
     def described(self, snapshot: Snapshot) -> str:
         """Return libvirt's description of a state inside of volumes."""
