@@ -238,7 +238,8 @@ class Change(Struct, frozen=True):
     """Ids that are deleted."""
     power: str = ""
     """What the guest is to be after a revert: running, paused or off; of a merge, what
-    it did before it was paused for that."""
+    it did before it was paused for that; of a snapshot, what it was, once it is not
+    to be restored from its memory any more."""
     configuration: bool = False
     """A revert brings the snapshot's configuration back, too."""
     layer: DiskRef | None = None

@@ -56,7 +56,7 @@ class Creation:
             work.foretell(found, disks=plan.disks, change=None)
             self._freeze(plan, wanted)
         except BaseException as e:
-            if not self.recover(found) or isinstance(e, errors.QuiesceFailed):
+            if not self.recover(work.found) or isinstance(e, errors.QuiesceFailed):
                 raise
             # The guest had gone on in its layers all the same.
             LOG.exception("snapshot=%s was taken, with an error", snapshot.name)
@@ -79,6 +79,7 @@ class Creation:
                 return True
             self._abandon(found, change.snapshot)
             return False
+        self._restore(found, change.snapshot)
         self._wake(change.snapshot)
         work.drop_states(change.snapshot)
         work.drop_made(change.operation)
@@ -129,6 +130,7 @@ class Creation:
         if snapshot.memory is Memory.EXTERNAL:
             work.states.save_to(work.uuid, self._memory(snapshot).path)
         work.states.keep_inside(work.uuid, snapshot.id, self._progress, wanted.timeout)
+        self._restore(work.found, snapshot)
         self._wake(snapshot)
 
     def _keep_own(self, snapshot: Snapshot) -> None:
@@ -163,17 +165,26 @@ class Creation:
             return contextlib.nullcontext()
         return self._work.here.agents.frozen(self._work.uuid)
 
+    def _restore(self, found: model.Instance, snapshot: Snapshot) -> None:
+        """Start a guest again that was saved to have its disks kept inside; paused.
+
+        Only once: what it writes when it goes on, its memory does not know.
+        """
+        inside = any(each.place is Place.INTERNAL for each in snapshot.disks)
+        work, change = self._work, found.change
+        assert change is not None
+        if not inside or snapshot.memory is not Memory.EXTERNAL or change.power:
+            return
+        if work.states.is_off(work.uuid):
+            work.here.restore(work.uuid, self._memory(snapshot).path)
+        change = msgspec.structs.replace(change, power=snapshot.taken.value)
+        # Who takes it over finds what foretell() said, as before.
+        work.here.publish_instance(msgspec.structs.replace(found, change=change))
+
     def _wake(self, snapshot: Snapshot) -> None:
         """Let a guest go on that was stopped for its snapshot."""
-        work = self._work
-        if snapshot.taken is Taken.OFF:
-            return
-        inside = any(each.place is Place.INTERNAL for each in snapshot.disks)
-        off = work.states.is_off(work.uuid)
-        if off and inside and snapshot.memory is Memory.EXTERNAL:
-            work.here.restore(work.uuid, self._memory(snapshot).path)
         if snapshot.taken is Taken.RUNNING:
-            work.states.unpause(work.uuid)
+            self._work.states.unpause(self._work.uuid)
 
     def _is_switched(self, change: model.Change) -> bool:
         """Tell whether the guest goes on, or would, in all layers of a change."""
