@@ -7,6 +7,7 @@ inside of a volume, they are made for the time of that call.
 """
 
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,6 +128,19 @@ class States(merging.Merges):
         flags = libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE
         with self.host.session(f"reading the head of {path}") as session:
             return str(session.conn.saveImageGetXMLDesc(path, flags))
+
+    def has_memory(self, path: str) -> bool:
+        """Tell whether a file of memory is there, and was written to its end."""
+        try:
+            self.memory_xml(path)
+        except errors.LibvirtFailed as e:
+            missing = (libvirt.VIR_ERR_SYSTEM_ERROR, errno.ENOENT)
+            # libvirt writes last into the head that the file is whole.
+            partial = e.code == libvirt.VIR_ERR_OPERATION_FAILED
+            if not partial and (e.code, e.errno) != missing:
+                raise
+            return False
+        return True
 
     def restore_with(self, path: str, text: str) -> None:
         """Start a domain from a file of its memory, paused, with another XML."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest whose memory was saved: for a state inside of its disks, or by libvirt."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import pytest
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, write
 from virtmigrate import consistency, domainstate
+from virtmigrate.instance import Domains
 from virtmigrate.snapshot import Kind, Memory, Place, Wanted
 from virtmigrate.snapshot.creation import Creation
+from virtmigrate.units import MiB
 
 SAVED = Wanted(
     "saved",
@@ -65,6 +68,29 @@ def test_a_guest_that_ends_before_it_is_published_stays_off(
     world.a.driver.snapshots.create(guest.uuid, SAVED)
     assert world.a.state_of(guest) == "shutoff"
     assert consistency.check(world.a.driver.node) == []
+
+
+@pytest.mark.parametrize("written", ["nothing", "nothing but a head", "a part"])
+def test_a_host_that_fails_before_memory_is_written(
+    world: World, guest: Any, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = world.a
+
+    def fails(states: domainstate.States, uuid: str, path: str) -> None:
+        if written != "nothing":
+            Domains.save_to(states, uuid, path)
+            with Path(path).open("r+b") as file:
+                # As libvirt begins it.
+                file.write(b"LibvirtQemudPart")
+                file.truncate(MiB if written == "a part" else 50)
+        states.kill(uuid)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(domainstate.States, "save_to", fails)
+        patch.setattr(Creation, "recover", killed)
+        a.driver.snapshots.create(guest.uuid, SAVED)
+    expect_undone(world, guest, 2)
 
 
 # Private

@@ -168,15 +168,17 @@ class Creation:
     def _restore(self, found: model.Instance, snapshot: Snapshot) -> None:
         """Start a guest again that was saved to have its disks kept inside; paused.
 
-        Only once: what it writes when it goes on, its memory does not know.
+        Only once: what it writes when it goes on, its memory does not know. A guest
+        that ended before its memory was written ended with its host, and stays off.
         """
         inside = any(each.place is Place.INTERNAL for each in snapshot.disks)
         work, change = self._work, found.change
         assert change is not None
         if not inside or snapshot.memory is not Memory.EXTERNAL or change.power:
             return
-        if work.states.is_off(work.uuid):
-            work.here.restore(work.uuid, self._memory(snapshot).path)
+        path = self._memory(snapshot).path
+        if work.states.is_off(work.uuid) and work.states.has_memory(path):
+            work.here.restore(work.uuid, path)
         change = msgspec.structs.replace(change, power=snapshot.taken.value)
         # Who takes it over finds what foretell() said, as before.
         work.here.publish_instance(msgspec.structs.replace(found, change=change))
