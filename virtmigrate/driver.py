@@ -249,7 +249,8 @@ class VirtMigrateDriver:
         """SOFT: shut down and start. HARD: off and on, from the configuration."""
         uuid = instance.uuid
         with self.node.claimed(uuid):
-            self.node.entitled(uuid)
+            # Before it is off: it would stay so.
+            self.node.demand_whole(uuid)
             if reboot_type == "SOFT":
                 wait = self.node.options
                 self.node.domains.stop(
@@ -264,12 +265,13 @@ class VirtMigrateDriver:
 
     def unpause(self, instance: Any, **_: object) -> None:
         with self.node.claimed(instance.uuid):
-            self.node.entitled(instance.uuid)
+            self.node.demand_whole(instance.uuid)
             self.node.domains.unpause(instance.uuid)
 
     def suspend(self, context: object, instance: Any, **_: object) -> None:
         """Keep its memory in libvirt's managed save."""
         with self.node.claimed(instance.uuid):
+            self.node.demand_whole(instance.uuid)
             self.node.domains.save(instance.uuid)
 
     def resume(

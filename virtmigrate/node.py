@@ -48,6 +48,13 @@ _OPEN = (
     model.InstanceState.AWAY,
 )
 
+_WHOLE = (
+    model.Changing.RESUMING,
+    model.Changing.DELETING,
+    model.Changing.TIDYING,
+)
+"""Changes that leave the disks what the domain's XML says all the time."""
+
 
 class Node:
     """This host: its libvirt, backends, records, locks and journals.
@@ -217,7 +224,7 @@ class Node:
 
         Raises NotEntitled, RecordMissing: it was not started. Nothing else starts one.
         """
-        self._demand_whole(uuid)
+        self.demand_whole(uuid)
         with self.starting(uuid):
             self.domains.start(uuid, paused=paused)
 
@@ -226,16 +233,18 @@ class Node:
         with self.starting(uuid):
             self.domains.restore_from(path)
 
-    def _demand_whole(self, uuid: str) -> None:
-        """Raise InvalidState while its disks are not what a change makes of them."""
+    def demand_whole(self, uuid: str) -> None:
+        """Raise InvalidState while its disks are not what a change makes of them.
+
+        Raises NotEntitled, RecordMissing, too.
+        """
         found = self.entitled(uuid)
-        whole = (None, model.Changing.TIDYING, model.Changing.RESUMING)
         what = found.change.what if found.change else None
-        if what not in whole:
+        if what is not None and what not in _WHOLE:
             raise errors.InvalidState(
                 instance=uuid,
                 host=self.name,
-                state=what.value if what else "",
+                state=what.value,
                 reason="its snapshots are being changed, and that was cut short: "
                 "`virtmigrate host settle` goes on with it",
             )

@@ -53,6 +53,36 @@ def test_memory_is_written_once_while_paused(
     assert byte(world, guest) == 1
 
 
+@pytest.mark.parametrize("what", ["reboot", "suspend", "unpause"])
+def test_a_guest_is_left_as_it_is_until_settled(
+    world: World, guest: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would start it again, or what is kept of it would change."""
+    a = world.a
+    act = {
+        "reboot": lambda: a.driver.reboot(None, guest, None, "HARD"),
+        "suspend": lambda: a.driver.suspend(None, guest),
+        "unpause": lambda: a.driver.unpause(guest),
+    }[what]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("virtmigrate.snapshot.creation.Creation._commit", killed)
+        a.driver.snapshots.create(guest.uuid, Wanted("x"))
+    before = "paused" if what == "unpause" else "running"
+    power(a, guest, before)
+    with pytest.raises(errors.InvalidState, match="host settle"):
+        act()
+    assert a.state_of(guest) == before
+    assert a.new_driver().settle() == []
+    act()
+    assert a.state_of(guest) == ("shutoff" if what == "suspend" else "running")
+    a.driver.resume(None, guest)
+    assert a.state_of(guest) == "running"
+
+
 @contextlib.contextmanager
 def small(world: World) -> Iterator[Path]:
     """Have the backend on a file system of its own; yield a file to fill it with."""
