@@ -8,9 +8,9 @@ import pytest
 
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, write
-from virtmigrate import consistency, domainstate
+from virtmigrate import consistency, domainstate, errors
 from virtmigrate.instance import Domains
-from virtmigrate.snapshot import Kind, Memory, Place, Wanted
+from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
 from virtmigrate.snapshot.creation import Creation
 from virtmigrate.units import MiB
 
@@ -91,6 +91,44 @@ def test_a_host_that_fails_before_memory_is_written(
         patch.setattr(Creation, "recover", killed)
         a.driver.snapshots.create(guest.uuid, SAVED)
     expect_undone(world, guest, 2)
+
+
+def test_nothing_is_begun_while_libvirt_has_it_saved(world: World, guest: Any) -> None:
+    a, snapshots, uuid = world.a, world.a.driver.snapshots, guest.uuid
+    a.driver.suspend(None, guest)
+    before = a.files()
+    for begin in (
+        lambda: snapshots.create(uuid, Wanted("x")),
+        lambda: snapshots.revert(uuid, Return("below")),
+        lambda: snapshots.delete(uuid, "below"),
+    ):
+        with pytest.raises(errors.SnapshotRefused, match="resume it first"):
+            begin()
+    assert a.files() == before
+    a.driver.resume(None, guest)
+    assert (a.state_of(guest), byte(world, guest)) == ("running", 2)
+    snapshots.delete(uuid, "below")
+
+
+@pytest.mark.parametrize("left", ["deleting", "tidying up"])
+def test_what_was_cut_short_waits_for_a_saved_guest(
+    world: World, guest: Any, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = world.a
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        where = "Snapshots._drop" if left == "deleting" else "Tidying.run"
+        patch.setattr(f"virtmigrate.snapshot.{where}", killed)
+        a.driver.snapshots.delete(guest.uuid, "below")
+    a.driver.suspend(None, guest)
+    (said,) = a.new_driver().settle()
+    assert f"{left} of instance {guest.uuid}" in said
+    assert "resume it first" in said
+    a.driver.resume(None, guest)
+    assert (a.state_of(guest), byte(world, guest)) == ("running", 2)
+    assert a.driver.settle() == []
+    assert (a.state_of(guest), byte(world, guest)) == ("running", 2)
+    assert a.driver.snapshots.all(guest.uuid) == ((), None)
+    assert consistency.check(a.driver.node) == []
 
 
 # Private

@@ -167,6 +167,8 @@ class Snapshots:
         found = work.found
         if found.change is None:
             return
+        if found.change.what is not Changing.PREPARING:
+            work.demand_unsaved(found.change.what.value)
         LOG.info("instance=%s goes on %s", found.uuid, found.change.what.value)
         if found.change.what is Changing.CREATING:
             Creation(work).recover(found)

@@ -119,10 +119,20 @@ class Work:
                 f"{found.change.what.value} is not finished: `virtmigrate host settle` "
                 "goes on with it",
             )
+        self.demand_unsaved(doing)
         busy = [] if self.states.is_off(self.uuid) else self.states.busy(self.uuid)
         if busy:
             raise self.refused(doing, f"a block job works on {', '.join(busy)}")
         return found
+
+    def demand_unsaved(self, doing: str) -> None:
+        """Refuse what would change the disks that a saved guest goes on with."""
+        if self.states.power(self.uuid) is Power.SAVED:
+            raise self.refused(
+                doing,
+                "the guest is saved, with the disks that it has now: resume it first, "
+                "or drop its memory (`virsh managedsave-remove`)",
+            )
 
     # Layers
 
