@@ -15,9 +15,10 @@ import pytest
 from tests.functional import places
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, power, write
-from virtmigrate import consistency, errors, merging
+from virtmigrate import consistency, domainxml, errors, merging, model
 from virtmigrate.progress import Progress, Report
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.snapshot.work import Work
 from virtmigrate.units import KiB, MiB
 
 
@@ -273,3 +274,51 @@ def test_it_ends_while_a_layer_is_merged(
     assert consistency.check(a.driver.node) == []
     a.driver.power_on(None, guest, None)
     a.driver.snapshots.create(uuid, Wanted("after"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("state", ["running", "off"])
+def test_it_ends_where_the_domain_is_defined(
+    world: World, guest: Any, state: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the domain names is there, and it starts."""
+    a, uuid = world.a, guest.uuid
+    a.driver.snapshots.create(uuid, Wanted("first"))
+    write(a, guest, 2)
+    power(a, guest, state)
+    define, calls = Work.define, list(range(count))
+
+    def end(work: Work, text: str, found: model.Instance) -> None:
+        calls.pop()
+        if not calls:
+            raise KeyboardInterrupt
+        define(work, text, found)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Work, "define", end)
+        a.driver.snapshots.delete(uuid, "first")
+    assert a.new_driver().settle() == []
+    assert byte(world, guest) == 2
+    power(a, guest, "off")
+    a.driver.power_on(None, guest, None)
+    assert a.disk(guest).name == a.driver.node.entitled(uuid).disks[0].volume
+    assert consistency.check(a.driver.node) == []
+
+
+def test_it_ends_where_a_new_snapshot_is_told(
+    world: World, guest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The domain says what the record says, and names the end of its chain."""
+    a, uuid = world.a, guest.uuid
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Work, "define", end)
+        a.driver.snapshots.create(uuid, Wanted("first"))
+    assert a.new_driver().settle() == []
+    (first,), _ = a.driver.snapshots.all(uuid)
+    text = a.driver.node.domains.xml(uuid)
+    assert first.id in str(domainxml.metadata_of(text))
+    assert len(domainxml.disks(text)[0].chain) == 2

@@ -83,6 +83,8 @@ class Creation:
         self._wake(change.snapshot)
         work.drop_states(change.snapshot)
         work.drop_made(change.operation)
+        # It may tell of the snapshot already.
+        work.define(work.states.xml(work.uuid), found)
         work.publish(found, change=None)
         LOG.info("instance=%s snapshot=%s undone", work.uuid, change.snapshot.name)
         return False
@@ -247,14 +249,15 @@ class Creation:
                     volume, state=VolumeState.USABLE, size=size, durable=durable
                 )
             )
-        found = work.publish(
+        made = msgspec.structs.replace(
             found,
             disks=change.disks,
             snapshots=(*found.snapshots, snapshot),
             current=snapshot.id,
-            change=None,
         )
-        work.define(work.states.xml(work.uuid), found)
+        # While the change is noted: nobody would do it afterwards.
+        work.define(work.states.xml(work.uuid), made)
+        work.publish(made, change=None)
         LOG.info(
             "instance=%s snapshot=%s id=%s taken", work.uuid, snapshot.name, snapshot.id
         )

@@ -114,7 +114,8 @@ class Tidying:
             return work.publish(found, change=_without_layer(change))
         above = stored.body
         below = work.volume(backend.name, str(above.backing))
-        is_disk = above.name in {ref.volume for ref in found.disks}
+        # Who took it over has what was foretold: the lower one is the disk there.
+        is_disk = any(ref.volume in (above.name, below.name) for ref in found.disks)
         merged = msgspec.structs.replace(
             found,
             disks=tuple(_renamed(ref, backend, above, below) for ref in found.disks),
@@ -126,8 +127,10 @@ class Tidying:
         if change.power == Taken.RUNNING.value:
             work.states.unpause(work.uuid)
         self._publish_merged(backend, above, below, is_disk=is_disk)
+        # Before the record forgets the layer: a domain never names one that is gone.
+        work.foretell(merged)
+        work.define(work.states.xml(work.uuid), merged)
         found = work.publish(merged, change=_without_layer(change))
-        work.define(work.states.xml(work.uuid), found)
         backend.remove(above.name)
         LOG.info(
             "instance=%s layer=%s merged into %s", found.uuid, above.name, below.name
