@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, imagecache, mailbox, model, node, record
+from virtmigrate import (
+    errors,
+    imagecache,
+    mailbox,
+    model,
+    node,
+    record,
+    snapshottree,
+)
 from virtmigrate.backends import base
 from virtmigrate.model import InstanceState, TransferState, VolumeState
 
@@ -94,17 +102,21 @@ def repair(findings: list[Finding]) -> list[tuple[Finding, str]]:
 
 
 class _Operations:
-    """The moves that this host knows of. What cannot be read is not over."""
+    """The moves and the changes of snapshots that this host knows of.
+
+    What cannot be read is not over.
+    """
 
     def __init__(self, here: node.Node) -> None:
         self.journals = {path.stem for path in here.journals.glob("*.journal")}
         transfers = here.mailbox.transfers
         self._noted = {name for name in transfers.names() if name != mailbox.CARD}
         self._transfers = {s.name: s.body for s in here.mailbox.open_transfers()}
+        self._changes = set(_changes(here))
 
     def is_open(self, operation: str) -> bool:
         """Tell whether anybody may still work on its volumes."""
-        if operation in self.journals:
+        if operation in self.journals or operation in self._changes:
             return True
         return operation in self._noted and self.ended(operation) is None
 
@@ -320,6 +332,16 @@ class _Look:
         return age < float(self._here.options.reclaim_age)
 
 
+def _changes(here: node.Node) -> Iterator[str]:
+    """Yield the operations of changes of snapshots that settling goes on with."""
+    for name in here.instances.names():
+        # Volumes of one that cannot be read are looked at no further than that.
+        with contextlib.suppress(errors.RecordError):
+            stored = here.instances.find(name)
+            if stored is not None and stored.body.change is not None:
+                yield stored.body.change.operation
+
+
 def _instances(here: node.Node, operations: _Operations) -> Iterator[Finding]:
     """Instances of this host whose domain, journal or volumes are not there."""
     for name in here.instances.names():
@@ -350,11 +372,22 @@ def _of_instance(
         return
     if not operations.is_open(found.operation) and not here.domains.exists(found.uuid):
         yield missing("it has no domain; `destroy` removes it")
-    for ref in found.disks:
-        backend = here.backends.get(ref.backend)
+    for said, name, volume in _held(found):
+        backend = here.backends.get(name)
         if backend is None:
-            yield missing(f"disk {ref.target}: there is no backend {ref.backend}")
+            yield missing(f"{said}: there is no backend {name}")
             continue
         with contextlib.suppress(errors.RecordBroken, errors.RecordTooNew):
-            if backend.volumes.find(ref.volume) is None:
-                yield missing(f"disk {ref.target}: {ref.volume} has no record")
+            if backend.volumes.find(volume) is None:
+                yield missing(f"{said}: {volume} has no record")
+
+
+def _held(found: model.Instance) -> Iterator[tuple[str, str, str]]:
+    """Yield what holds a volume, its backend and its name; each volume once."""
+    disks = {(ref.backend, ref.volume) for ref in found.disks}
+    for ref in found.disks:
+        yield f"disk {ref.target}", ref.backend, ref.volume
+    frozen = snapshottree.volumes(found.snapshots, *snapshottree.Place)
+    frozen |= snapshottree.memories(found.snapshots)
+    for backend, volume in sorted(frozen - disks):
+        yield "its snapshots", backend, volume

@@ -17,7 +17,7 @@ from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, power, write
 from virtmigrate import consistency, domainxml, errors, merging, model
 from virtmigrate.progress import Progress, Report
-from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted, creation
 from virtmigrate.snapshot.work import Work
 from virtmigrate.units import KiB, MiB
 
@@ -322,3 +322,37 @@ def test_it_ends_where_a_new_snapshot_is_told(
     text = a.driver.node.domains.xml(uuid)
     assert first.id in str(domainxml.metadata_of(text))
     assert len(domainxml.disks(text)[0].chain) == 2
+
+
+def test_a_repair_leaves_an_open_change_alone(
+    world: World, guest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is not published yet, and it is finished all the same."""
+    a, uuid = world.a, guest.uuid
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(creation.Creation, "_commit", end)
+        a.driver.snapshots.create(uuid, checkpoint("first"))
+    found = consistency.check(a.driver.node)
+    assert [said for _, said in consistency.repair(found) if said] == []
+    assert a.driver.settle() == []
+    write(a, guest, 2)
+    a.driver.snapshots.revert(uuid, Return("first"))
+    assert byte(world, guest) == 1
+
+
+def test_a_snapshot_without_its_volumes(world: World, guest: Any) -> None:
+    a, uuid, backend = world.a, guest.uuid, world.a.driver.node.files
+    a.driver.snapshots.create(uuid, checkpoint("first"))
+    (first,), _ = a.driver.snapshots.all(uuid)
+    gone = [first.memory_volume, first.disks[0].volume]
+    for name in gone:
+        backend.volumes.remove(name)
+    found = [each for each in consistency.check(a.driver.node) if each.name == uuid]
+    assert {each.kind for each in found} == {consistency.Kind.MISSING}
+    assert sorted(each.detail for each in found) == sorted(
+        f"its snapshots: {name} has no record" for name in gone
+    )
