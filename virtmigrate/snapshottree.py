@@ -97,7 +97,7 @@ class Snapshot(Struct, frozen=True):
     parent: str | None = None
     """The id of the one that it was taken after."""
     live_xml: str | None = None
-    """The configuration that the guest ran with, where its memory is kept."""
+    """The configuration that its memory fits, where that is kept."""
     memory_backend: str = ""
     memory_volume: str = ""
     description: str = ""

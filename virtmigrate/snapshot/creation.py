@@ -249,6 +249,9 @@ class Creation:
                     volume, state=VolumeState.USABLE, size=size, durable=durable
                 )
             )
+            # As it is now, made by this host's libvirt: it may come back from a peer.
+            text = work.states.memory_xml(volume.path)
+            snapshot = msgspec.structs.replace(snapshot, live_xml=text)
         made = msgspec.structs.replace(
             found,
             disks=change.disks,

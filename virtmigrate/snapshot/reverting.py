@@ -275,8 +275,8 @@ class Reverting:
             work.states.kill(work.uuid)
         elif snapshot.memory is Memory.EXTERNAL:
             path = work.volume(snapshot.memory_backend, snapshot.memory_volume).path
-            # Not what the file's head says: nobody looked at that, and libvirt would
-            # do as it says.
+            # Not what the file's head says now: it may have come from a peer, and
+            # libvirt would do as it says.
             text = domainxml.without_runtime(str(snapshot.live_xml))
             text = work.as_here(text, found)
             with work.here.starting(work.uuid):
