@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """States inside of a volume that layers stand on, or that is a layer itself."""
 
+import dataclasses
 import subprocess
 from typing import Any
 
@@ -144,6 +145,20 @@ def test_deleted_below_what_two_share(world: World, guest: Any) -> None:
     for name, expected in {"branch": 4, "over": 3, "below": 1}.items():
         snapshots.revert(uuid, Return(name))
         assert byte(world, guest) == expected
+
+
+@pytest.mark.parametrize("state", ["running", "off"])
+def test_nothing_is_left_out(world: World, state: str) -> None:
+    """libvirt would freeze it all the same, and take it back."""
+    a, made = world.a, world.spawn(world.a, ephemeral_gb=1)
+    # From here on the disks are qcow2.
+    a.driver.snapshots.create(made.uuid, Wanted("layers"))
+    power(a, made, state)
+    wanted = inside("x", Memory.NONE if state == "off" else Memory.INTERNAL)
+    wanted = dataclasses.replace(wanted, left_out=frozenset({"vdb"}))
+    with pytest.raises(errors.SnapshotRefused, match="all disks inside"):
+        a.driver.snapshots.create(made.uuid, wanted)
+    assert len(a.driver.snapshots.all(made.uuid)[0]) == 1
 
 
 # Private

@@ -69,6 +69,7 @@ class Planner:
                 taken=taken,
                 quiesced=wanted.quiesce,
                 variables=any(ref.role is Role.NVRAM for ref in found.disks),
+                left_out=any(ref.target in wanted.left_out for ref in _written(found)),
             )
         )
         if not verdict.possible:
@@ -114,8 +115,8 @@ class Planner:
             raise self._work.refused(_DOING, f"no disk {', '.join(sorted(strange))}")
         return [
             self._frozen_disk(ref, wanted.places.get(ref.target))
-            for ref in found.disks
-            if ref.role not in FIXED and ref.target not in wanted.left_out
+            for ref in _written(found)
+            if ref.target not in wanted.left_out
         ]
 
     def _frozen_disk(self, ref: model.DiskRef, place: Place | None) -> FrozenDisk:
@@ -189,6 +190,11 @@ class Planner:
 
 
 # Private
+
+
+def _written(found: model.Instance) -> list[model.DiskRef]:
+    """Return the disks that a guest writes to."""
+    return [ref for ref in found.disks if ref.role not in FIXED]
 
 
 def _tops(found: model.Instance, layers: Layers) -> tuple[model.DiskRef, ...]:

@@ -21,6 +21,8 @@ class Case:
     quiesced: bool = False
     variables: bool = False
     """The firmware keeps variables in a volume of its own (UEFI)."""
+    left_out: bool = False
+    """A disk that the guest writes to is left out."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ _OBSTACLES: tuple[tuple[Callable[[Case], bool], str], ...] = (
         "a guest that is off has no memory",
     ),
     (
-        lambda c: _inside(c) and len(c.places) > 1,
+        lambda c: _inside(c) and (len(c.places) > 1 or c.left_out),
         "QEMU keeps all disks inside of their volumes, or none",
     ),
     (

@@ -101,6 +101,7 @@ def _creation(taken: Taken) -> Iterator[str]:
         yield from _table(("disks", "memory", "called", "how"), _created(rows))
     yield from _refused("Quiesced", found, _quiesced)
     yield from _refused("With UEFI variables", found, _with_variables)
+    yield from _refused("With a disk left out", found, _with_left_out)
 
 
 def _created(cases: Iterable[Case]) -> Iterator[_Row]:
@@ -202,6 +203,10 @@ def _quiesced(case: Case) -> Case:
 
 def _with_variables(case: Case) -> Case:
     return dataclasses.replace(case, variables=True)
+
+
+def _with_left_out(case: Case) -> Case:
+    return dataclasses.replace(case, left_out=True)
 
 
 _WORDS = {
