@@ -45,13 +45,15 @@ class Merges(Domains):
             told: has others know that the lower one is the disk, where they have to
                 before the guest writes to it: it stands still meanwhile. On failure it
                 stays paused, until the next call.
-        Returns whether it is done; False: QEMU gave up, and the layer is still needed.
+        Returns whether it is done; False: QEMU gave up, or the disk has neither of
+        them, and the layer is still needed.
         """
         is_begun, idle, wait = False, 0, _SOON
         while idle < _IDLE:
             job, chain = self._job_of(uuid, target), self._chain(uuid, target)
             if top not in chain and not job:
-                return True
+                # In another disk's chain, or in none, it is not merged.
+                return base in chain
             # libvirt may have to learn yet that a job has ended well.
             idle = 0 if job else idle + is_begun
             if not job and not is_begun:

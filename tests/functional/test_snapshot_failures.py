@@ -356,3 +356,40 @@ def test_a_snapshot_without_its_volumes(world: World, guest: Any) -> None:
     assert sorted(each.detail for each in found) == sorted(
         f"its snapshots: {name} has no record" for name in gone
     )
+
+
+def test_nothing_is_removed_while_a_record_cannot_be_read(
+    world: World, guest: Any
+) -> None:
+    """It is of a layer that stands on what would be written to."""
+    a, uuid, snapshots = world.a, guest.uuid, world.a.driver.snapshots
+    snapshots.create(uuid, Wanted("first"))
+    write(a, guest, 2)
+    snapshots.create(uuid, Wanted("second"))
+    branch = snapshots.all(uuid)[0][-1].disks[0].volume
+    snapshots.revert(uuid, Return("first"))
+    write(a, guest, 3)
+    paths = [each for each in a.path.rglob("*") if f"{branch}.rec." in each.name]
+    kept = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.write_bytes(b"broken")
+    # A driver that had read it would remember.
+    with pytest.raises(errors.RecordError):
+        a.new_driver().snapshots.delete(uuid, "first")
+    assert a.new_driver().settle() != []
+    assert byte(world, guest) == 3
+    for path, text in kept.items():
+        path.write_bytes(text)
+    assert a.new_driver().settle() == []
+    a.driver.snapshots.revert(uuid, Return("second"))
+    assert byte(world, guest) == 2
+
+
+def test_a_layer_in_another_chain_is_not_merged(world: World, guest: Any) -> None:
+    a, uuid = world.a, guest.uuid
+    a.driver.snapshots.create(uuid, Wanted("first"))
+    merges = merging.Merges(a.driver.node.host)
+    top, below = (layer.source for layer in domainxml.disks(a.xml(guest))[0].chain)
+    assert not merges.merge(uuid, "vda", "/nowhere/top", "/nowhere/base")
+    assert merges.merge(uuid, "vda", top, below)
+    assert merges.merge(uuid, "vda", top, below)

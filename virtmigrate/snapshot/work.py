@@ -51,11 +51,15 @@ class Work:
         return found
 
     def owned(self) -> list[tuple[base.Backend, model.Volume]]:
-        """Return all volumes of the instance, in any backend that it has disks in."""
+        """Return all volumes of the instance, in any backend that is up.
+
+        Raises RecordError for any record that cannot be read: it may be of a layer
+        that stands on one of these.
+        """
         return [
             (backend, stored.body)
             for backend in self.here.up()
-            for stored in backend.catalog.all()
+            for stored in backend.catalog.all(strict=True)
             if stored.body.owner == self.uuid
         ]
 
