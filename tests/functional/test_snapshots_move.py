@@ -124,3 +124,21 @@ def test_what_does_not_move(world: World) -> None:
         world.migrate(instance)
     assert (world.a.files(), world.b.files()) == (before, [])
     assert world.a.state_of(instance) == "running"
+
+
+def test_what_came_is_merged_there(world: World) -> None:
+    """A base that nothing stands under is given back, too."""
+    instance, b = world.spawn(world.a), world.b
+    uuid = instance.uuid
+    write(world.a, instance, 1)
+    world.a.driver.snapshots.create(uuid, Wanted("first"))
+    write(world.a, instance, 2)
+    world.finish(instance, world.migrate(instance))
+    world.confirm(instance)
+    for node in (world.a, b):
+        assert node.driver.settle() == []
+    b.driver.snapshots.delete(uuid, "first")
+    assert holds(world, b, instance) == 2
+    owned = [s for s in b.driver.node.files.catalog.all() if s.body.owner == uuid]
+    assert len(owned) == 1
+    assert consistency.check(b.driver.node) == []

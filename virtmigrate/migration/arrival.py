@@ -208,15 +208,25 @@ class Arrival:
             return True
         if found is None:
             backend.volumes.publish(volume.name, self._record(volume))
-        elif found.state is VolumeState.USABLE:
+        elif found.state is not VolumeState.INCOMPLETE:
             return _make_durable(backend, found)
         pool, path = backend.accept(volume.name)
         # The source could write to it until here.
         self._scrutiny.demand_self_contained(volume, pool)
         proven = msgspec.structs.replace(
-            self._record(volume), pool=pool, path=path, state=VolumeState.USABLE
+            self._record(volume), pool=pool, path=path, state=self._state(volume)
         )
         return _make_durable(backend, proven)
+
+    def _state(self, volume: model.TransferVolume) -> VolumeState:
+        """Return what a volume is here: one that a sent layer stands on is frozen."""
+        named = {
+            (each.backend, each.backing)
+            for each in self._transfer.volumes
+            if not each.shared and not each.held
+        }
+        is_below = (volume.backend, volume.name) in named
+        return VolumeState.FROZEN if is_below else VolumeState.USABLE
 
     def _grow_shared(self, volume: model.TransferVolume) -> None:
         """Grow a disk whose state its backend keeps for the source."""
