@@ -83,8 +83,8 @@ class VirtMigrateDriver:
         self._peers = peers.Peers(self._node)
         self._node.ensure()
         self.images = imagecache.Caches(self._node)
-        self.snapshots = snapshot.Snapshots(self._node)
         self._source = source.Source(self._node, self.peer)
+        self.snapshots = snapshot.Snapshots(self._node, self._source.demand_none)
         self._target = target.Target(self._node)
         self.settle()
         if self._node.options.receiver:

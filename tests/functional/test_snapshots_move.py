@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from sandbox import guest as guests
@@ -10,6 +11,8 @@ from tests.functional.conftest import Node, World
 from tests.functional.guestdisk import write
 from tests.functional.test_snapshots import wait_for_beats
 from virtmigrate import consistency, errors
+from virtmigrate.journal import Journal
+from virtmigrate.migration import source
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
 from virtmigrate.units import MiB
 
@@ -142,3 +145,30 @@ def test_what_came_is_merged_there(world: World) -> None:
     owned = [s for s in b.driver.node.files.catalog.all() if s.body.owner == uuid]
     assert len(owned) == 1
     assert consistency.check(b.driver.node) == []
+
+
+def test_a_half_undone_move_is_in_the_way(world: World) -> None:
+    """It brings back the record that it began with, without a new snapshot."""
+    a, instance = world.a, world.spawn(world.a)
+    snapshots, uuid = a.driver.snapshots, instance.uuid
+    snapshots.create(uuid, Wanted("first"))
+    before = a.files()
+    original = msgspec.json.encode(a.driver.node.entitled(uuid)).decode()
+    journal = Journal.create(a.driver.node.journals, "0123456789abcdef")
+    journal.done(
+        "begun",
+        kind=source.KIND,
+        operation="0123456789abcdef",
+        original=original,
+    )
+    for change in (
+        lambda: snapshots.create(uuid, Wanted("second")),
+        lambda: snapshots.revert(uuid, Return("first")),
+        lambda: snapshots.delete(uuid, "first"),
+        lambda: snapshots.plan_delete(uuid, "first"),
+    ):
+        with pytest.raises(errors.InvalidState, match="confirm or revert"):
+            change()
+    assert a.files() == before
+    journal.close()
+    snapshots.delete(uuid, "first")

@@ -10,9 +10,10 @@ from typing import Any
 
 from oslo_log import log as logging
 
-from virtmigrate import node, progress, snapshot, snapshottree
+from virtmigrate import node, peers, progress, snapshot, snapshottree
 from virtmigrate.cli import command, display, instances, snapshots, tree
 from virtmigrate.instance import Power
+from virtmigrate.migration import source
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
 from virtmigrate.snapshottree import Taken
 
@@ -130,7 +131,9 @@ class _Change(_Tree):
         with self.open() as session:
             here = session.look()
             uuid = instances.find(here, parsed_args.instance).uuid
-            task = _Task(here, snapshot.Snapshots(here), uuid, parsed_args)
+            moves = source.Source(here, peers.Peers(here).get)
+            known = snapshot.Snapshots(here, moves.demand_none)
+            task = _Task(here, known, uuid, parsed_args)
             steps = self.plan(task)
         return ("step", "of", "how"), [(s.what, s.where, s.how) for s in steps]
 

@@ -21,7 +21,7 @@ from virtmigrate.snapshot.reverting import Plan as ReturnPlan
 from virtmigrate.snapshot.reverting import Reverting
 from virtmigrate.snapshot.terms import Return, Step, Wanted
 from virtmigrate.snapshot.tidying import Tidying
-from virtmigrate.snapshot.work import FIXED, Work, new_operation
+from virtmigrate.snapshot.work import FIXED, Demand, Work, new_operation
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
 
 LOG = logging.getLogger(__name__)
@@ -30,10 +30,16 @@ __all__ = ["Kind", "Memory", "Place", "Return", "Snapshots", "Step", "Wanted"]
 
 
 class Snapshots:
-    """The snapshots of the instances of one host. Safe to share between threads."""
+    """The snapshots of the instances of one host. Safe to share between threads.
 
-    def __init__(self, here: node.Node) -> None:
+    Arguments:
+        demand_no_move: raises InvalidState while a move of an instance, by its UUID, is
+            open on this host.
+    """
+
+    def __init__(self, here: node.Node, demand_no_move: Demand) -> None:
         self._here = here
+        self._demand_no_move = demand_no_move
 
     def all(self, uuid: str) -> tuple[snapshottree.Snapshots, str | None]:
         """Return an instance's snapshots, and the id of the current one."""
@@ -150,7 +156,7 @@ class Snapshots:
     @contextlib.contextmanager
     def _work(self, uuid: str) -> Iterator[Work]:
         with self._here.claimed(uuid):
-            yield Work(self._here, uuid)
+            yield Work(self._here, uuid, self._demand_no_move)
 
     def _create(
         self, work: Work, wanted: Wanted, progress: Progress | None

@@ -2,7 +2,7 @@
 """What all changes of snapshots do: records, layers, states, configuration."""
 
 import uuid as uuids
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -21,15 +21,22 @@ the other with the memory only."""
 Layers = tuple[tuple[str, model.Volume], ...]
 """Layers that are to be made, each with the name of its backend."""
 
+Demand = Callable[[str], None]
+
 _TAKEN = {Power.RUNNING: Taken.RUNNING, Power.PAUSED: Taken.PAUSED}
 
 
 class Work:
-    """One instance of this host, under its claim. Not safe to share."""
+    """One instance of this host, under its claim. Not safe to share.
 
-    def __init__(self, here: node.Node, uuid: str) -> None:
+    Arguments:
+        demand_no_move: raises InvalidState while a move of an instance is open here.
+    """
+
+    def __init__(self, here: node.Node, uuid: str, demand_no_move: Demand) -> None:
         self.here = here
         self.uuid = uuid
+        self._demand_no_move = demand_no_move
         self.states = domainstate.States(here.host)
 
     @property
@@ -114,8 +121,13 @@ class Work:
         self.here.tenures.amend(changed)
 
     def demand_idle(self, doing: str) -> model.Instance:
-        """Return the record; SnapshotRefused while something else is not finished."""
+        """Return the record while nothing else is open.
+
+        Raises SnapshotRefused; InvalidState for a move, also one that is half undone:
+        it brings back the record that it began with.
+        """
         self.here.demand_settled(self.uuid)
+        self._demand_no_move(self.uuid)
         found = self.found
         if found.change is not None:
             raise self.refused(
