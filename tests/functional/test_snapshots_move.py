@@ -10,7 +10,7 @@ from sandbox import guest as guests
 from tests.functional.conftest import Node, World
 from tests.functional.guestdisk import write
 from tests.functional.test_snapshots import wait_for_beats
-from virtmigrate import consistency, errors
+from virtmigrate import consistency, errors, mailbox
 from virtmigrate.journal import Journal
 from virtmigrate.migration import source
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
@@ -172,3 +172,33 @@ def test_a_half_undone_move_is_in_the_way(world: World) -> None:
     assert a.files() == before
     journal.close()
     snapshots.delete(uuid, "first")
+
+
+@pytest.mark.parametrize("place", [Place.EXTERNAL, Place.INTERNAL], ids=["out", "in"])
+def test_a_layer_of_a_move_that_a_snapshot_holds_stays(
+    world: World, place: Place
+) -> None:
+    """It came over a shared disk, and was to be merged after the confirm."""
+    world.share()
+    b, instance = world.b, world.spawn(world.a)
+    uuid = instance.uuid
+    write(world.a, instance, 1)
+    # A shared disk that grows keeps its state in a layer over it.
+    world.finish(instance, world.migrate(instance, root_gb=1))
+    write(b, instance, 2)
+    world.confirm(instance)
+    memory = Memory.INTERNAL if place is Place.INTERNAL else Memory.NONE
+    kind = Kind.CHECKPOINT if place is Place.INTERNAL else Kind.DISK
+    wanted = Wanted("held", kind, memory=memory, places={"vda": place})
+    b.driver.snapshots.create(uuid, wanted)
+    write(b, instance, 3)
+    assert b.driver.settle() == []
+    assert holds(world, b, instance) == 3
+    b.driver.snapshots.revert(uuid, Return("held"))
+    assert holds(world, b, instance) == 2
+    assert b.driver.node.mailbox.transfers.names() == [mailbox.CARD]
+    b.driver.snapshots.delete(uuid, "held")
+    assert holds(world, b, instance) == 2
+    owned = [s for s in b.driver.node.files.catalog.all() if s.body.owner == uuid]
+    assert len(owned) == 1
+    assert consistency.check(b.driver.node) == []

@@ -17,7 +17,7 @@ lower one is the disk. In this order, and each step can be done again:
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node
+from virtmigrate import errors, model, node, snapshottree
 from virtmigrate.backends import base
 from virtmigrate.instance import Power
 from virtmigrate.migration.scrutiny import Scrutiny
@@ -48,14 +48,20 @@ class Merge:
         self._domains = here.domains
 
     def run(self, uuid: str) -> bool:
-        """Merge it; False when that has to wait: for its guest, which is off, or QEMU.
+        """Merge it; False when that has to wait: for its guest, which is off, or QEMU,
+        or for a change of snapshots that is not finished.
 
+        One that snapshots hold, or have merged or left, is a layer like any other.
         After a failure, once the tenure may name the lower one, the guest stands still
         until the next call.
         """
         stored = self._here.entitled(uuid)
         top = self._scrutiny.recorded(self._volume)
         if top is None or top.backing is None:
+            return True
+        if stored.change is not None:
+            return False
+        if not self._is_for_us(stored, top):
             return True
         below = self._backend.volumes.read(top.backing).body
         self._scrutiny.demand_mergeable(top, below, self._disk(stored))
@@ -73,6 +79,12 @@ class Merge:
         return True
 
     # Private
+
+    def _is_for_us(self, stored: model.Instance, top: model.Volume) -> bool:
+        """Tell whether nothing but a disk needs the layer, or what it is merged to."""
+        held = snapshottree.volumes(stored.snapshots, *snapshottree.Place)
+        used = self._disk(stored) in (top.name, top.backing)
+        return used and (self._backend.name, top.name) not in held
 
     def _disk(self, stored: model.Instance) -> str:
         """Return the volume that the disk of this target is, by our own record."""
