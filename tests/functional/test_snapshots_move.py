@@ -12,8 +12,8 @@ from tests.functional.guestdisk import write
 from tests.functional.test_snapshots import wait_for_beats
 from virtmigrate import consistency, errors, mailbox
 from virtmigrate.journal import Journal
-from virtmigrate.migration import source
-from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.migration import source, target
+from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted, creation
 from virtmigrate.units import MiB
 
 
@@ -202,3 +202,27 @@ def test_a_layer_of_a_move_that_a_snapshot_holds_stays(
     owned = [s for s in b.driver.node.files.catalog.all() if s.body.owner == uuid]
     assert len(owned) == 1
     assert consistency.check(b.driver.node) == []
+
+
+def test_a_layer_of_a_move_waits_for_a_change(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot that is being taken may be about to hold it."""
+    world.share()
+    b, instance = world.b, world.spawn(world.a)
+    world.finish(instance, world.migrate(instance, root_gb=1))
+    world.confirm(instance)
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(creation.Creation, "_prepare", end)
+        patch.setattr(creation.Creation, "recover", end)
+        b.driver.snapshots.create(instance.uuid, Wanted("held"))
+    (operation,) = set(b.driver.node.mailbox.transfers.names()) - {mailbox.CARD}
+    target.Target(b.driver.node).recover()
+    assert operation in b.driver.node.mailbox.transfers.names()
+    assert b.driver.settle() == []
+    assert operation not in b.driver.node.mailbox.transfers.names()
+    assert b.state_of(instance) == "running"
