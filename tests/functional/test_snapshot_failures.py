@@ -5,7 +5,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,11 @@ def test_a_guest_is_left_as_it_is_until_settled(
 ) -> None:
     """Nothing would start it again, or what is kept of it would change."""
     a = world.a
-    act = {
+    acts: dict[str, Callable[[], object]] = {
         "reboot": lambda: a.driver.reboot(None, guest, None, "HARD"),
         "suspend": lambda: a.driver.suspend(None, guest),
         "unpause": lambda: a.driver.unpause(guest),
-    }[what]
+    }
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -75,10 +75,10 @@ def test_a_guest_is_left_as_it_is_until_settled(
     before = "paused" if what == "unpause" else "running"
     power(a, guest, before)
     with pytest.raises(errors.InvalidState, match="host settle"):
-        act()
+        acts[what]()
     assert a.state_of(guest) == before
     assert a.new_driver().settle() == []
-    act()
+    acts[what]()
     assert a.state_of(guest) == ("shutoff" if what == "suspend" else "running")
     a.driver.resume(None, guest)
     assert a.state_of(guest) == "running"
