@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -36,6 +37,7 @@ PROGRAMS = ("qemu-nbd", "prlimit", "setpriv")
 EXTENTS = "base:allocation"
 """The NBD context that tells data from zeros."""
 
+_SOCKET = "--socket="
 _PREFIX = "virtmigrate-nbd-"
 """What the private directories are called."""
 _MAKING = 60.0
@@ -72,6 +74,7 @@ def sweep() -> None:
             # Anybody may make one of this name there.
             is_ours = found.st_uid == os.geteuid()
             if is_ours and time.time() - found.st_mtime > _MAKING:
+                _end(path)
                 shutil.rmtree(path)
                 LOG.info("%s, which a killed process left, is removed", path)
 
@@ -241,6 +244,15 @@ def _locked(path: Path) -> Iterator[os.stat_result]:
         os.close(fd)
 
 
+def _end(private: Path) -> None:
+    """End a server whose process was killed before it could ask to go with it."""
+    wanted = os.fsencode(f"{_SOCKET}{private}/")
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if any(word.startswith(wanted) for word in each.read_bytes().split(b"\0")):
+                os.kill(int(each.parent.name), signal.SIGKILL)
+
+
 def _start(argv: Sequence[str], said: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Start a program that tells what went wrong in a file."""
     try:
@@ -261,7 +273,7 @@ def _argv(layers: Sequence[domainxml.Layer], socket: Path, count: int) -> list[s
     return [
         *("setpriv", "--no-new-privs", "--pdeathsig", "KILL", "--"),
         *("prlimit", *limits, "--"),
-        *("qemu-nbd", "--read-only", f"--shared={count}", f"--socket={socket}"),
+        *("qemu-nbd", "--read-only", f"--shared={count}", f"{_SOCKET}{socket}"),
         f"json:{json.dumps(_described(layers))}",
     ]
 

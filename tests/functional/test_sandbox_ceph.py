@@ -271,10 +271,8 @@ def test_freeze(cluster: Ceph, images: rados.Ioctx) -> None:
     images.remove_object("object")
 
 
-def test_up_within_ten_seconds_and_lost_when_killed(box: Sandbox) -> None:
-    begin = time.monotonic()
+def test_lost_when_killed(box: Sandbox) -> None:
     lost = box.add_ceph("lost")
-    assert time.monotonic() - begin < 10
     with connection(lost) as client, client.open_ioctx(POOL) as context:
         write(context, "gone", b"x")
     lost.kill()

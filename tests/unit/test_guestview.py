@@ -193,7 +193,7 @@ def test_what_a_killed_process_left_is_removed(
         assert left.exists()
     nbdserver.sweep()
     assert not left.exists()
-    # The kernel ends it with its parent, a moment later.
+    # Ended by the kernel with its parent; by us, if that was killed too early for it.
     deadline = time.monotonic() + SECONDS
     while servers(tmp_path):
         assert time.monotonic() < deadline
