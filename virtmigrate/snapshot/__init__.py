@@ -110,6 +110,7 @@ class Snapshots:
             found, steps = work.demand_idle("going back"), []
             plan = Reverting(work).plan(wanted)
             if wanted.keep:
+                self._last(work, wanted, plan)
                 steps.append(Step("keep", wanted.keep, "what there is now"))
             gone: tuple[Snapshot, ...] = ()
             if wanted.delete_children:
