@@ -81,6 +81,14 @@ def taken_over(kinds: Kinds, instance: Any) -> Snapshots:
     return kinds.b.driver.snapshots
 
 
+def ends(kinds: Kinds, instance: Any) -> None:
+    """Remove it, on the host that lost it, too: nothing is left."""
+    for side in (kinds.a, kinds.b):
+        side.driver.destroy(None, instance, None)
+    assert not [name for name in kinds.b.volumes() if "vda" in name]
+    assert tenure(kinds.b, instance) is None
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_it_dies_while_a_snapshot_is_taken(files: Kinds, before: bool) -> None:
     """What the guest wrote last is there, in whichever layer it came to."""
@@ -92,7 +100,7 @@ def test_it_dies_while_a_snapshot_is_taken(files: Kinds, before: bool) -> None:
     taken_over(files, instance)
     assert first(files, instance) == 7
     files.b.driver.power_on(None, instance, None)
-    files.b.driver.destroy(None, instance, None)
+    ends(files, instance)
 
 
 @pytest.mark.parametrize("at", ["told", "pivot"])
@@ -113,7 +121,7 @@ def test_it_dies_while_a_layer_is_merged(files: Kinds, at: str, before: bool) ->
     assert [each.name for each in there.all(uuid)[0]] == ["s1"]
     there.revert(uuid, Return("s1", power="off"))
     assert first(files, instance) == 1
-    files.b.driver.destroy(None, instance, None)
+    ends(files, instance)
 
 
 @pytest.mark.parametrize("name", ["kill", "define"])
@@ -130,7 +138,7 @@ def test_it_dies_while_it_goes_back(kinds: Kinds, name: str) -> None:
     kinds.b.driver.power_off(instance)
     assert first(kinds, instance) == 1
     assert [each.name for each in there.all(uuid)[0]] == ["s1"]
-    kinds.b.driver.destroy(None, instance, None)
+    ends(kinds, instance)
 
 
 def test_who_takes_it_over_has_its_snapshots(kinds: Kinds) -> None:
@@ -149,5 +157,5 @@ def test_who_takes_it_over_has_its_snapshots(kinds: Kinds) -> None:
     for number in (2, 1):
         there.revert(uuid, Return(f"s{number}", power="off"))
         assert first(kinds, instance) == number
-    kinds.b.driver.destroy(None, instance, None)
+    ends(kinds, instance)
     assert not [name for name in kinds.b.volumes() if "vda" in name]
