@@ -18,6 +18,8 @@ _SOON = 0.01
 """The same at first: most layers are small, and merged before a look is due."""
 _IDLE = 8
 """Looks without a job, after which a merge that was begun counts as given up."""
+_READY = 300
+"""Looks at one that only has to be ended, after which it counts so, too: a minute."""
 _CALL = 24 * 3600.0
 """Seconds that a stand-in may live."""
 _STAND_IN_MEMORY = 32 * MiB
@@ -48,8 +50,8 @@ class Merges(Domains):
         Returns whether it is done; False: QEMU gave up, or the disk has neither of
         them, and the layer is still needed.
         """
-        is_begun, idle, wait = False, 0, _SOON
-        while idle < _IDLE:
+        is_begun, idle, ready, wait = False, 0, 0, _SOON
+        while idle < _IDLE and ready < _READY:
             job, chain = self._job_of(uuid, target), self._chain(uuid, target)
             if top not in chain and not job:
                 # In another disk's chain, or in none, it is not merged.
@@ -60,13 +62,13 @@ class Merges(Domains):
                 self._begin(uuid, target, top, base, is_active=chain[0] == top)
                 is_begun = True
             elif chain[0] == top and job and job["cur"] == job["end"] > 0:
-                if told is not None and not self._stands_still(uuid, target):
-                    continue
-                if told is not None:
-                    told()
-                    told = None
-                with self._domain(uuid, f"ending the merge of {target}") as domain:
-                    _pivot(domain, target)
+                ready += 1
+                if told is None or self._stands_still(uuid, target):
+                    if told is not None:
+                        told()
+                        told = None
+                    with self._domain(uuid, f"ending the merge of {target}") as domain:
+                        _pivot(domain, target)
             time.sleep(wait)
             wait = min(2 * wait, _LOOK)
         return False
