@@ -100,6 +100,7 @@ FLOORS = {
     "spawning": 7,
     "mapping": 7,
     # Faces.
+    "face": 8,
     "driver": 8,
     "check": 9,
     "cli": 9,
