@@ -76,6 +76,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         broken = count["failed"] + count["error"]
         text = f"backend {kind}: {count['passed']} promises kept, {broken} broken"
         terminalreporter.write_line(text)
+    _write_costs(terminalreporter)
+
+
+def _write_costs(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how long the tests of each module took: where time can be saved."""
+    costs: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                module = Path(report.location[0]).name
+                costs[module] += round(report.duration * 1000)
+    for module, cost in costs.most_common(20):
+        terminalreporter.write_line(f"{cost / 1000:8.1f} s {module}")
 
 
 def pytest_collection_modifyitems(
