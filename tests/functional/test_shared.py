@@ -63,6 +63,22 @@ def test_confirm_merges_what_the_peer_wrote(shared: World) -> None:
     assert shared.a.state_of(instance) == "running"
 
 
+def test_a_killed_destroy_waits_for_its_caller(shared: World) -> None:
+    """Its layer is not merged any more, and nobody complains about that."""
+    instance = shared.spawn(shared.a)
+    shared.finish(instance, shared.migrate(instance))
+    shared.confirm(instance)
+    # What is done when it is killed before the first volume goes.
+    shared.b.driver.node.domains.kill(instance.uuid)
+    shared.b.driver.node.domains.undefine(instance.uuid)
+    shared.b.new_driver()
+    assert shared.b.driver.settle() == []
+    shared.b.driver.destroy(None, instance, None)
+    assert shared.b.driver.settle() == []
+    assert not list(shared.b.driver.node.mailbox.open_transfers())
+    assert not list((shared.b.path / "disks").glob("vda*"))
+
+
 def test_destroy_at_the_peer_leaves_the_one_copy(shared: World) -> None:
     instance = shared.spawn(shared.a)
     disk = shared.a.disk(instance)

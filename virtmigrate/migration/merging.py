@@ -49,7 +49,8 @@ class Merge:
 
     def run(self, uuid: str) -> bool:
         """Merge it; False when that has to wait: for its guest, which is off, or QEMU,
-        or for a change of snapshots that is not finished.
+        for a change of snapshots that is not finished, or for the end of a destroy that
+        was killed.
 
         One that snapshots hold, or have merged or left, is a layer like any other.
         After a failure, once the tenure may name the lower one, the guest stands still
@@ -59,7 +60,7 @@ class Merge:
         top = self._scrutiny.recorded(self._volume)
         if top is None or top.backing is None:
             return True
-        if stored.change is not None:
+        if stored.change is not None or not self._domains.exists(uuid):
             return False
         if not self._is_for_us(stored, top):
             return True
