@@ -123,6 +123,8 @@ NEEDS = {
 
 SHARE = {
     r"test_contract\.py.*\[lvm": 2,
+    r"test_contract\.py.*\[dir-falloc": 10,
+    r"test_backends\.py.*\[shared_dir-tls": 6,
     r"test_consistency\.py.*\[lvm": 1,
     r"test_what_the_groups_own_host_can_do\[": 1,
     r"test_nobody_sees_old_bytes\[(discard|none)": 0,
