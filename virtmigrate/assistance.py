@@ -132,6 +132,10 @@ class Assistance:
         """Let the peer's own driver give the instance back; raises as verify()."""
         self._asker.ask(Request(verb=Verb.GIVE_BACK))
 
+    def act(self, verb: Verb) -> None:
+        """Let the peer's own driver do its part of a live move; raises as verify()."""
+        self._asker.ask(Request(verb=verb))
+
     # Private
 
     def _try(

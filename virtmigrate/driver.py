@@ -23,12 +23,13 @@ from virtmigrate import (
     takeover,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import images, instances, moves
+from virtmigrate.face import images, instances, live, moves
+from virtmigrate.livemigration import LiveMigrations
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
-class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
+class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Live):
     """Runs the instances of one host and moves them to others.
 
     Safe to share between threads. `init_host` comes first.
@@ -68,11 +69,12 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         self._node.ensure()
         self.images = imagecache.Caches(self._node)
         self._source = source.Source(self._node, self.peer)
-        self.snapshots = snapshot.Snapshots(self._node, self._source.demand_none)
+        self.live = LiveMigrations(self._node, self.peer)
+        self.snapshots = snapshot.Snapshots(self._node, self.demand_at_rest)
         self._target = target.Target(self._node)
         self.settle()
         if self._node.options.receiver:
-            serving = self._target.actions()
+            serving = {**self._target.actions(), **self.live.actions()}
             self._receiver = receiver.Receiver(self._node, actions=serving)
             self._receiver.start()
         interval = float(self._node.options.settle_interval)
@@ -88,6 +90,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
+        left += self.live.recover()
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
@@ -99,6 +102,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
             self._receiver = None
         if self._node is not None:
             self._peers.close()
+            self.live.close()
             self._node.close()
 
     def get_host_ip_addr(self) -> str:

@@ -40,7 +40,7 @@ LOG = logging.getLogger(__name__)
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}")
 _ASIDE = re.compile(r".+-r[0-9a-f]{8}\.([0-9a-f]{16})")
 
-ACTIONS = (Verb.FINISH, Verb.GIVE_BACK)
+ACTIONS = (Verb.FINISH, Verb.GIVE_BACK, Verb.EXPECT, Verb.ARRIVE, Verb.CALL_OFF)
 """Verbs that are done by what the host's owner hands in."""
 
 Action = Callable[[model.Transfer], object]

@@ -333,6 +333,15 @@ class TransferVolume(Struct, frozen=True):
     """How the copy was proven; set with the hand-over."""
 
 
+class Live(Struct, frozen=True):
+    """What a transfer of a running instance says besides."""
+
+    xml: str
+    """The configuration that it runs with; the peer makes it its own."""
+    ready: bool = False
+    """The peer noted that it waits for it, and its volumes there can be filled."""
+
+
 class Transfer(Struct, frozen=True):
     """The record of one move, in the peer's mailbox: what both hosts agree on."""
 
@@ -350,6 +359,8 @@ class Transfer(Struct, frozen=True):
     """Seconds since the epoch, on the source."""
     record: Instance | None = None
     """The instance as it is to be at the peer; set with the hand-over."""
+    live: Live | None = None
+    """Its guest runs on; None for a cold move. `record` is set from the beginning."""
 
 
 class BackendCard(Struct, frozen=True):
@@ -391,3 +402,5 @@ class HostCard(Struct, frozen=True):
     backends: tuple[BackendCard, ...]
     accepts_moves: bool = False
     """Its receiver finishes moves, and gives instances back."""
+    live: bool = False
+    """It knows live migrations."""

@@ -382,6 +382,7 @@ class Node:
             tickets=TICKETS,
             backends=tuple(card.of(backend, self.files) for backend in self.up()),
             accepts_moves=self.options.accept_moves,
+            live=True,
         )
         stored = self.mailbox.cards.find(mailbox.CARD)
         if stored is None or stored.body != ours:

@@ -247,6 +247,10 @@ class Peer:
         """Let the peer's own driver give the instance back; raises as finish()."""
         self._help(operation).give_back()
 
+    def act(self, operation: str, verb: Verb) -> None:
+        """Let the peer's own driver do its part of a live move; raises as finish()."""
+        self._help(operation).act(verb)
+
     def find_image(
         self, operation: str, key: str, backend: str, check: assistance.Check
     ) -> Answer | None:

@@ -81,6 +81,12 @@ class Verb(enum.Enum):
     """Take the instance that was given, as finish_migration does."""
     GIVE_BACK = "give back"
     """Take it away again and give it back, as destroy does."""
+    EXPECT = "expect"
+    """Note that a running instance is coming, and make what it is to be put into."""
+    ARRIVE = "arrive"
+    """Make what came running one of this host's instances."""
+    CALL_OFF = "call off"
+    """It does not come any more: remove what was made for it."""
 
 
 class State(enum.Enum):

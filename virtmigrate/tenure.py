@@ -148,6 +148,16 @@ class Tenures:
             if self.holder(backend, gone.uuid) is None:
                 self._change(backend, gone.uuid, passed)
 
+    def announce(self, found: model.Instance, peer: str | None) -> None:
+        """Let a peer take it, too, while it runs here; HeldElsewhere. None: nobody."""
+
+        def announced(tenure: model.Tenure | None) -> model.Tenure | None:
+            ours = tenure if rights.has(tenure, self._host) else None
+            return msgspec.structs.replace(ours, peer=peer) if ours else None
+
+        for backend in self._shared(found):
+            self._change(backend, found.uuid, announced)
+
     def drop(self, uuid: str, backends: Iterable[str]) -> None:
         """Give up what is ours of an instance that is gone; can be called again.
 

@@ -86,6 +86,7 @@ FLOORS = {
     # What is done with instances.
     "migration": 6,
     "snapshot": 6,
+    "livemigration": 6,
     "adopt": 6,
     "upgrade": 6,
     "takeover": 7,

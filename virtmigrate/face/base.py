@@ -6,6 +6,7 @@ from collections.abc import Callable
 from oslo_config import cfg
 
 from virtmigrate import errors, imagecache, node, peers, snapshot
+from virtmigrate.livemigration import LiveMigrations
 from virtmigrate.migration import source, target
 from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
@@ -21,6 +22,7 @@ class Base:
     _source: source.Source
     _target: target.Target
     images: imagecache.Caches
+    live: LiveMigrations
     snapshots: snapshot.Snapshots
 
     @property
@@ -29,6 +31,11 @@ class Base:
         if self._node is None:
             raise errors.ConfigurationError(reason="init_host was not called")
         return self._node
+
+    def demand_at_rest(self, uuid: str) -> None:
+        """Raise InvalidState while a move of the instance is open on this host."""
+        self._source.demand_none(uuid)
+        self.live.demand_none(uuid)
 
     def peer(self, dest: str) -> Peer:
         """Return a host that instances can be moved to; also this one."""

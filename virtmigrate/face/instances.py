@@ -78,7 +78,7 @@ class Instances(base.Base):
             if self._target.give_back(uuid):
                 return
             self.node.demand_settled(uuid)
-            self._source.demand_none(uuid)
+            self.demand_at_rest(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             if destroy_disks:

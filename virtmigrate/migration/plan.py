@@ -119,7 +119,8 @@ class _Planner:
         """See that nobody may take it back from here."""
         for stored in self._here.mailbox.open_transfers():
             state = stored.body.state
-            if stored.body.instance == uuid and state in peer.HELD:
+            is_cold = stored.body.live is None
+            if stored.body.instance == uuid and is_cold and state in peer.HELD:
                 raise self._refuse(
                     f"its move from {stored.body.source} (operation {stored.name}) "
                     "is neither confirmed nor reverted"

@@ -95,8 +95,9 @@ class Target:
         return left
 
     def transfers(self) -> Transfers:
-        """Return all transfers in this host's mailbox."""
-        return list(self._here.mailbox.open_transfers())
+        """Return the cold transfers in this host's mailbox."""
+        found = self._here.mailbox.open_transfers()
+        return [each for each in found if each.body.live is None]
 
     # Private
 
