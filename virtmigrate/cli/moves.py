@@ -10,7 +10,7 @@ from typing import Any
 from oslo_log import log as logging
 
 from virtmigrate import errors, model
-from virtmigrate.cli import command, display, halves, instances, outcome
+from virtmigrate.cli import command, display, halves, instances, live, outcome
 from virtmigrate.driver import VirtMigrateDriver
 from virtmigrate.units import GiB, KiB, MiB, TiB
 
@@ -71,8 +71,9 @@ class Migrate(command.ShowOne):
             type=int,
             metavar="SECONDS",
             help="how long the guest may take to shut down; default: "
-            "shutdown_timeout of the configuration",
+            "shutdown_timeout of the configuration. With --live: until it is put back",
         )
+        live.add_options(parser)
         command.add_override(parser)
         return parser
 
@@ -88,6 +89,10 @@ class Migrate(command.ShowOne):
                 "resize" if flavor else "migrate",
                 override=parsed_args.unmanaged_override,
             )
+            if parsed_args.live or parsed_args.rehearse:
+                with show:
+                    moved = live.run(here, record, parsed_args, work)
+                return command.columns(moved)
             there = session.peer(parsed_args.dest, here)
             work.check()
             with show:

@@ -11,6 +11,10 @@ import enum
 from dataclasses import dataclass
 
 
+_BEGINNING = 120.0
+"""Seconds until the first byte: the peer starts a QEMU, and opens the disks."""
+
+
 class Step(enum.Enum):
     """What is to be done now."""
 
@@ -62,9 +66,15 @@ class Pace:
             return Step.GIVE_UP
         if remaining and (self._least is None or remaining < self._least):
             self._least, self._since = remaining, now
-        if now - self._since <= self._schedule.stall:
+        patience = self._schedule.stall
+        if self._least is None:
+            patience = max(patience, _BEGINNING)
+        if now - self._since <= patience:
             return Step.GO_ON
         self._since = now
+        if self._least is None:
+            self.reason = f"nothing was sent for {patience:g} s"
+            return Step.GIVE_UP
         return self._escalate()
 
     # Private
@@ -78,7 +88,7 @@ class Pace:
             self._is_paused = True
             return Step.PAUSE
         self.reason = (
-            f"it stalled: never less than {self._least or 'all'} bytes were left, with "
+            f"it stalled: never less than {self._least} bytes were left, with "
             f"{self.allowed:g} s of downtime allowed"
         )
         return Step.GIVE_UP
