@@ -10,7 +10,6 @@
 import enum
 from dataclasses import dataclass
 
-
 _BEGINNING = 120.0
 """Seconds until the first byte: the peer starts a QEMU, and opens the disks."""
 
