@@ -290,12 +290,15 @@ class LiveMigrations:
         LOG.warning("operation=%s ends: %r", journal.operation, error)
         if not isinstance(error, (Exception, KeyboardInterrupt)):
             raise error
-        has_gone, owed = self._undo(journal)
+        uuid = facts.original(journal).uuid
+        try:
+            has_gone, owed = self._undo(journal)
+        except errors.HostError as e:
+            raise self._unknown(journal, error, e) from error
         if has_gone:
             return
         if not isinstance(error, errors.Error):
             raise error
-        uuid = facts.original(journal).uuid
         if not journal.has("leaving"):
             raise errors.MigrationRefused(instance=uuid, reason=str(error)) from error
         raise errors.MigrationRolledBack(
@@ -306,6 +309,16 @@ class LiveMigrations:
             host=self._here.name,
             debts=f"; still owed at the peer: {owed}" if owed else "",
         ) from error
+
+    def _unknown(
+        self, journal: Journal, error: BaseException, cause: errors.Error
+    ) -> errors.MigrationError:
+        return errors.MigrationError(
+            instance=facts.original(journal).uuid,
+            operation=journal.operation,
+            reason=f"{error}; and what became of it cannot be looked at: {cause}. It "
+            "runs nowhere else; the next settle on this host ends the move",
+        )
 
     def _steering(
         self,
