@@ -28,6 +28,7 @@ POINTS = [
     (instance.Domains, "define"),
     (instance.Domains, "undefine"),
     (domains.Domains, "go_on"),
+    (instance.Domains, "unpause"),
 ]
 
 

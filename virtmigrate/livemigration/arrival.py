@@ -70,6 +70,13 @@ class Arrivals:
                 raise self._not_ours(stored.body, f"it is {stored.body.state.value}")
             self._call_off(stored)
 
+    def unsettled(self, uuid: str) -> Journal | None:
+        """Return the journal of an instance that this host has, and has not settled."""
+        for each in notes.journals(self._here.journals, notes.ARRIVAL):
+            if each.has("taken") and (each.facts("begun") or {})["instance"] == uuid:
+                return each
+        return None
+
     def recover(self) -> list[str]:
         """Go on with what came or was withdrawn; return what could not be finished."""
         left = []

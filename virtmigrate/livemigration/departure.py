@@ -6,7 +6,7 @@ import time
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node
+from virtmigrate import errors, model, node, record
 from virtmigrate.host import Host
 from virtmigrate.instance import Power
 from virtmigrate.journal import Journal
@@ -49,6 +49,7 @@ class Departure:
         self._original = facts.original(journal)
         self._transfer = facts.transfer(journal)
         self._uuid = self._original.uuid
+        self._newest: record.Stored[model.Transfer] | None = None
 
     def prepare(self) -> model.Transfer:
         """Have the peer wait for it; return the transfer as the peer made it.
@@ -81,8 +82,10 @@ class Departure:
         """Have libvirt bring it to the peer, where it stands paused."""
         self._progress.check()
         self._there.renew(self.journal.operation)
+        self._newest = self._there.transfers.read(self.journal.operation)
         # What is asked in the downtime goes by connections that are open.
-        with self._host.session("waiting for it"):
+        with self._host.session("waiting for it") as session:
+            session.rest()
             self.journal.done("migrating")
             steering.run()
 
@@ -91,7 +94,9 @@ class Departure:
         began = time.monotonic()
         self.give()
         self.resume()
-        return time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.journal.done("given")
+        return seconds
 
     def give(self) -> None:
         """Give the right up: the source's QEMU is gone, and its domain undefined.
@@ -100,20 +105,21 @@ class Departure:
         """
         self.journal.done("giving")
         transfers = self._there.transfers
-        stored = transfers.read(self.journal.operation)
+        # Nobody changes it but who ends the move: what was read before is tried first.
+        stored = self._newest or transfers.read(self.journal.operation)
+        self._newest = None
         if stored.body.state not in OVER:
             if stored.body.state is not TransferState.RESERVED:
                 raise self._failed(f"the transfer is {stored.body.state.value}")
             taken = msgspec.structs.replace(stored.body, state=TransferState.TAKEN)
             transfers.publish(stored.name, taken, after=stored.generation)
-        self.journal.done("given")
 
     def resume(self) -> None:
         """Let the guest go on at the peer; what fails here the peer's settle does."""
         if self._original.power != Power.RUNNING.value:
             return
         try:
-            Domains(self._host).go_on(self._uuid)
+            Domains(self._host).unpause(self._uuid)
         except errors.Error as e:
             LOG.warning("operation=%s not resumed: %s", self.journal.operation, e)
 

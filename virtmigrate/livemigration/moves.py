@@ -132,8 +132,11 @@ class LiveMigrations:
         self._domains.pause(uuid)
 
     def demand_none(self, uuid: str) -> None:
-        """Raise InvalidState while a live move of the instance is open on this host."""
-        journal = self._find(uuid)
+        """Raise InvalidState while a live move of the instance is open on this host.
+
+        Also one that came, and is not settled: that would be gone on with.
+        """
+        journal = self._find(uuid) or self.arrivals.unsettled(uuid)
         if journal is not None:
             raise errors.InvalidState(
                 instance=uuid,

@@ -102,9 +102,10 @@ class Steering:
             target=self._migrate, name=f"live-{self._journey.uuid}", daemon=True
         )
         thread.start()
+        thread.join(_LOOK)
         while thread.is_alive():
-            thread.join(_LOOK)
             self._steer()
+            thread.join(_LOOK)
         if self._failed:
             raise self._ended or self._failed[0]
 

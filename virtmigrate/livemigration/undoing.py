@@ -118,8 +118,7 @@ class Undoing:
                     return False
                 if self._is_whole_there():
                     departure = self._departure()
-                    departure.give()
-                    departure.resume()
+                    departure.switch()
                     return True
                 self._publish_withdrawn(stored)
                 return False
