@@ -296,7 +296,8 @@ class LiveMigrations:
         uuid = facts.original(journal).uuid
         try:
             has_gone, owed = self._undo(journal)
-        except errors.HostError as e:
+        except (errors.HostError, errors.InvalidState) as e:
+            # libvirt waits for disks that it sends until their connections end.
             raise self._unknown(journal, error, e) from error
         if has_gone:
             return
@@ -319,8 +320,8 @@ class LiveMigrations:
         return errors.MigrationError(
             instance=facts.original(journal).uuid,
             operation=journal.operation,
-            reason=f"{error}; and what became of it cannot be looked at: {cause}. It "
-            "runs nowhere else; the next settle on this host ends the move",
+            reason=f"{error}; and it cannot be put back yet: {cause}. It runs nowhere "
+            "else; the next settle on this host that can ends the move",
         )
 
     def _steering(
