@@ -229,6 +229,23 @@ class Store(Generic[T]):
             raise self._conflict(name, after)
         return stored
 
+    def follow(self, stored: Stored[T], body: T) -> Stored[T]:
+        """Publish the generation after one that was read, with the fewest calls.
+
+        That it is created exclusively, and is the newest then, decides. For where a
+        guest stands still meanwhile. Raises RecordConflict.
+        """
+        began = time.monotonic()
+        made = Stored(stored.name, stored.generation + 1, body)
+        if not self._write(made):
+            raise self._conflict(stored.name, stored.generation)
+        if time.monotonic() - began >= self._grace / 2:
+            return self.publish(stored.name, body, after=made.generation)
+        # What was read may be older than what others published, and pruned.
+        if self._generations(stored.name)[-1:] != [made.generation]:
+            raise self._conflict(stored.name, stored.generation)
+        return made
+
     def prune(self, name: str) -> None:
         """Remove all generations but the newest valid one and its predecessor."""
         stored = self.find(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
+import pytest
 
 from sandbox import guest as guests
 from tests.functional.conftest import Node, World
@@ -23,6 +24,19 @@ def accept(world: World, **more: object) -> None:
     for node in (world.a, world.b):
         node.overrides = {"accept_moves": True, **more}
         node.new_driver()
+
+
+def between(world: World, request: pytest.FixtureRequest, **more: object) -> World:
+    """Let both hosts see one directory, or have one each, as the parameter says.
+
+    The second is left out but with --full: what is tested hardly differs by it.
+    """
+    if request.param == "apart" and not request.config.getoption("--full"):
+        pytest.skip("with --full")
+    if request.param == "shared":
+        world.share()
+    accept(world, **more)
+    return world
 
 
 def console(node: Node, instance: Any) -> Path:

@@ -15,17 +15,18 @@ from virtmigrate.units import MiB
 @pytest.fixture(params=["shared", "apart"])
 def hosts(world: World, request: pytest.FixtureRequest) -> Iterator[World]:
     """Two hosts that see one directory, or have one each."""
-    if request.param == "shared":
+    yield livehosts.between(world, request)
+
+
+@pytest.mark.parametrize("place", ["shared", "apart"])
+def test_it_goes_on_there(world: World, place: str) -> None:
+    if place == "shared":
         world.share()
     livehosts.accept(world)
-    yield world
-
-
-def test_it_goes_on_there(hosts: World) -> None:
-    instance, a, b = livehosts.beating(hosts), hosts.a, hosts.b
+    hosts, a, b = world, world.a, world.b
+    instance = livehosts.beating(hosts)
     with livehosts.watching(hosts, instance) as watcher:
         outcome = a.driver.live.migrate(instance.uuid, b.host.name, Options())
-        print(outcome)
         assert b.state_of(instance) == "running"
         assert a.state_of(instance) is None
         livehosts.wait_for(b, instance, 3)

@@ -23,12 +23,15 @@ SLOW = Options(bandwidth=4 * MiB)
 
 @pytest.fixture(params=["shared", "apart"])
 def hosts(world: World, request: pytest.FixtureRequest) -> Iterator[World]:
-    if request.param == "apart" and not request.config.getoption("--full"):
-        pytest.skip("disks that are sent go through it with --full")
-    if request.param == "shared":
-        world.share()
-    livehosts.accept(world, live_stall=5.0, live_downtime=0.5, live_downtime_limit=0.5)
-    yield world
+    yield livehosts.between(
+        world,
+        request,
+        live_stall=5.0,
+        live_downtime=0.5,
+        live_downtime_limit=0.5,
+        call_timeout=8.0,
+        connect_timeout=3.0,
+    )
     world.b.host.link(up=True)
     for node in (world.a, world.b):
         node.host.start_libvirtd()

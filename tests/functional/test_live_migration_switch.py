@@ -18,10 +18,7 @@ from virtmigrate.livemigration.departure import Departure
 
 @pytest.fixture(params=["shared", "apart"])
 def hosts(world: World, request: pytest.FixtureRequest) -> Iterator[World]:
-    if request.param == "shared":
-        world.share()
-    livehosts.accept(world)
-    yield world
+    yield livehosts.between(world, request, call_timeout=8.0, connect_timeout=3.0)
     world.b.host.link(up=True)
 
 

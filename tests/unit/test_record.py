@@ -319,6 +319,42 @@ def test_publish_after_another_generation(store: record.Store[Body]) -> None:
     assert store.read("vol").generation == 2
 
 
+def test_follow(store: record.Store[Body]) -> None:
+    first = store.publish("x", Body(text="one"))
+    followed = store.follow(first, Body(text="two"))
+    assert followed == store.read("x") == record.Stored("x", 2, Body(text="two"))
+
+
+def test_follow_of_what_is_not_the_newest(
+    pool: FakePool, store: record.Store[Body]
+) -> None:
+    first = store.publish("x", Body(text="one"))
+    store.publish("x", Body(text="two"), after=1)
+    with pytest.raises(errors.RecordConflict):
+        store.follow(first, Body(text="mine"))
+    store.publish("x", Body(text="three"), after=2)
+    # The next number is free, and the newest is another one.
+    pool.delete("x.rec.2")
+    with pytest.raises(errors.RecordConflict):
+        store.follow(first, Body(text="mine"))
+    assert store.read("x").body.text == "three"
+
+
+def test_follow_that_took_long(
+    pool: FakePool, store: record.Store[Body], clock: Clock
+) -> None:
+    """Another one may have passed over it: it is published once more."""
+    first = store.publish("x", Body(text="one"))
+
+    def slow(call: str, volume: str) -> None:
+        if (call, volume) == ("create", "x.rec.2"):
+            clock.now += GRACE
+
+    pool.before = slow
+    assert store.follow(first, Body(text="two")).generation == 3
+    assert store.read("x").body.text == "two"
+
+
 def test_publish_that_is_torn(pool: FakePool, store: record.Store[Body]) -> None:
     published(store, 1)
     pool.stays = 30

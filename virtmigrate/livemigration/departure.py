@@ -112,7 +112,7 @@ class Departure:
             if stored.body.state is not TransferState.RESERVED:
                 raise self._failed(f"the transfer is {stored.body.state.value}")
             taken = msgspec.structs.replace(stored.body, state=TransferState.TAKEN)
-            transfers.publish(stored.name, taken, after=stored.generation)
+            transfers.follow(stored, taken)
 
     def resume(self) -> None:
         """Let the guest go on at the peer; what fails here the peer's settle does."""
