@@ -16,7 +16,12 @@ from tests.functional.test_snapshots_move import expect_tree, grown
 from virtmigrate import consistency, errors
 from virtmigrate.livemigration import Outcome
 
-KINDS = [("rbd", "rbd"), ("dir-ext4", "rbd"), ("rbd", "dir-ext4")]
+KINDS = [
+    ("rbd", "rbd"),
+    ("shared_dir", "shared_dir"),
+    ("dir-ext4", "rbd"),
+    ("rbd", "dir-ext4"),
+]
 
 
 @pytest.fixture(params=KINDS, ids="-".join)

@@ -93,10 +93,17 @@ class Departure:
         """Give the right up, and let it go on there; return the seconds it took."""
         began = time.monotonic()
         self.give()
+        given = time.monotonic()
         self.resume()
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
         self.journal.done("given")
-        return seconds
+        LOG.info(
+            "operation=%s given in %.3f s, resumed in %.3f s",
+            self.journal.operation,
+            given - began,
+            ended - given,
+        )
+        return ended - began
 
     def give(self) -> None:
         """Give the right up: the source's QEMU is gone, and its domain undefined.
