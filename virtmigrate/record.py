@@ -238,7 +238,8 @@ class Store(Generic[T]):
         began = time.monotonic()
         made = Stored(stored.name, stored.generation + 1, body)
         if not self._write(made):
-            raise self._conflict(stored.name, stored.generation)
+            # Perhaps one that a killed process never wrote.
+            return self.publish(stored.name, body, after=stored.generation)
         if time.monotonic() - began >= self._grace / 2:
             return self.publish(stored.name, body, after=made.generation)
         # What was read may be older than what others published, and pruned.

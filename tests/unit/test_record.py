@@ -340,6 +340,15 @@ def test_follow_of_what_is_not_the_newest(
     assert store.read("x").body.text == "three"
 
 
+def test_follow_passes_over_what_was_never_written(
+    pool: FakePool, store: record.Store[Body], clock: Clock
+) -> None:
+    first = store.publish("x", Body(text="one"))
+    pool.create_raw("x.rec.2", 4096)
+    assert store.follow(first, Body(text="two")).generation == 3
+    assert store.read("x").body.text == "two"
+
+
 def test_follow_that_took_long(
     pool: FakePool, store: record.Store[Body], clock: Clock
 ) -> None:

@@ -23,6 +23,9 @@ from virtmigrate.request import Verb
 
 LOG = logging.getLogger(__name__)
 
+_TRIES = 5
+"""Times that the transfer is looked at again after somebody else changed it."""
+
 
 class Undoing:
     """Ends one live move that did not come to its end. Can run twice.
@@ -108,7 +111,7 @@ class Undoing:
 
     def _is_given(self) -> bool:
         """Win the transfer for the side that has the guest."""
-        while True:
+        for _ in range(_TRIES):
             try:
                 stored = self._stored()
                 if stored.body.state in OVER:
@@ -125,12 +128,16 @@ class Undoing:
             except errors.RecordConflict:
                 LOG.info("operation=%s the peer was first", self._journal.operation)
             except (errors.HostError, errors.RecordMissing) as e:
-                raise errors.MigrationUndecided(
-                    instance=self._uuid,
-                    operation=self._journal.operation,
-                    peer=self._transfer.peer,
-                    reason=e,
-                ) from e
+                raise self._undecided(str(e)) from e
+        raise self._undecided("its record is changed all the time")
+
+    def _undecided(self, reason: str) -> errors.MigrationUndecided:
+        return errors.MigrationUndecided(
+            instance=self._uuid,
+            operation=self._journal.operation,
+            peer=self._transfer.peer,
+            reason=reason,
+        )
 
     def _stored(self) -> record.Stored[model.Transfer]:
         there = self._connect(self._transfer.peer)
