@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import libvirt
 
 from virtmigrate import domainxml
-from virtmigrate.instance import Domains
+from virtmigrate.instance import STAND_IN, Domains
 from virtmigrate.units import MiB
 
 _LOOK = 0.2
@@ -74,15 +74,22 @@ class Merges(Domains):
         return False
 
     @contextlib.contextmanager
-    def stand_in(self, chain: Sequence[domainxml.Layer], arch: str) -> Iterator[str]:
+    def stand_in(
+        self, owner: str, chain: Sequence[domainxml.Layer], arch: str
+    ) -> Iterator[str]:
         """Run a domain without a guest that has a disk, and yield its UUID.
 
         So that QEMU does to the layers of a guest that is off what it does to those
         of a running one, and nothing but this chain is believed. It ends with the
-        connection, if not before.
+        connection, if not before. One that a killed libvirtd left has these layers
+        open yet: it ends now.
+
+        Arguments:
+            owner: UUID of the instance, which the caller has claimed.
         """
-        uuid = str(uuids.uuid4())
-        text = _stand_in_xml(uuid, chain, arch)
+        uuid, name = str(uuids.uuid4()), f"{STAND_IN}{owner}"
+        self._end_named(name)
+        text = _stand_in_xml(uuid, name, chain, arch)
         flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
         with self.host.session("opening layers of a disk", timeout=_CALL) as session:
             session.conn.createXML(text, flags)
@@ -92,6 +99,16 @@ class Merges(Domains):
                 self.kill(uuid)
 
     # Private
+
+    def _end_named(self, name: str) -> None:
+        with self.host.session(f"looking for {name}") as session:
+            found = [
+                domain.UUIDString()
+                for domain in session.conn.listAllDomains(0)
+                if domain.name() == name
+            ]
+        for uuid in found:
+            self.kill(uuid)
 
     def _stands_still(self, uuid: str, target: str) -> bool:
         """Have the guest paused; tell whether all that it wrote is in both layers."""
@@ -132,11 +149,13 @@ def _pivot(domain: "libvirt.virDomain", target: str) -> None:
         domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
 
 
-def _stand_in_xml(uuid: str, chain: Sequence[domainxml.Layer], arch: str) -> str:
+def _stand_in_xml(
+    uuid: str, name: str, chain: Sequence[domainxml.Layer], arch: str
+) -> str:
     return domainxml.build(
         domainxml.Domain(
             uuid=uuid,
-            name=f"virtmigrate-merge-{uuid}",
+            name=name,
             memory=_STAND_IN_MEMORY,
             vcpus=1,
             virt_type="qemu",

@@ -38,7 +38,7 @@
     │   ├── TakeOverRefused
     │   ├── SnapshotError
     │   │   ├── SnapshotNotFound, SnapshotExists
-    │   │   └── SnapshotRefused, SnapshotFailed
+    │   │   └── SnapshotRefused, SnapshotFailed, SnapshotUndecided
     │   └── OwnedElsewhere
     ├── TransferError
     │   ├── ShortTransfer, SourceChanged, SourceUnreadable
@@ -112,6 +112,7 @@ from virtmigrate.errors.snapshots import SnapshotExists as SnapshotExists
 from virtmigrate.errors.snapshots import SnapshotFailed as SnapshotFailed
 from virtmigrate.errors.snapshots import SnapshotNotFound as SnapshotNotFound
 from virtmigrate.errors.snapshots import SnapshotRefused as SnapshotRefused
+from virtmigrate.errors.snapshots import SnapshotUndecided as SnapshotUndecided
 from virtmigrate.errors.storage import DiskFull as DiskFull
 from virtmigrate.errors.storage import JournalBroken as JournalBroken
 from virtmigrate.errors.storage import LayoutRefused as LayoutRefused

@@ -23,5 +23,15 @@ class SnapshotRefused(SnapshotError):
 class SnapshotFailed(SnapshotError):
     msg = (
         "{doing} of instance {instance} on {host} failed: {reason}. All is as it was "
-        "before"
+        "before, and nothing of it is left"
+    )
+
+
+class SnapshotUndecided(SnapshotError):
+    """It failed, and so did undoing it; settle() does that once it can."""
+
+    msg = (
+        "{doing} of instance {instance} on {host} failed: {reason}. Undoing it failed, "
+        "too: {then}. The guest may be paused, or off. `virtmigrate host settle` "
+        "undoes it, or finishes it where the guest went on in its layers"
     )

@@ -62,6 +62,22 @@ def at_peer(
     return tuple(_at_peer(each, named, backends) for each in snapshots)
 
 
+def change_at_peer(change: model.Change, backends: Mapping[str, str]) -> model.Change:
+    """Return a change that is not finished as who takes it over goes on with it."""
+
+    def there(ref: model.DiskRef) -> model.DiskRef:
+        name = backends.get(ref.backend, ref.backend)
+        return msgspec.structs.replace(ref, backend=name)
+
+    snapshot = change.snapshot and _at_peer(change.snapshot, {}, backends)
+    return msgspec.structs.replace(
+        change,
+        disks=tuple(map(there, change.disks)),
+        snapshot=snapshot,
+        layer=change.layer and there(change.layer),
+    )
+
+
 def obstacles(record: model.Instance, snapshot: Snapshot) -> list[str]:
     """Return what in a snapshot's configuration keeps it on one host.
 

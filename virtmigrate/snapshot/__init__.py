@@ -26,6 +26,16 @@ from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
 
 LOG = logging.getLogger(__name__)
 
+_SAVED = {
+    Changing.CREATING: "the guest was saved while its snapshot was being taken: start "
+    "it with libvirt's own command (`virsh start`), so that its disks are known again, "
+    "or drop its memory (`virsh managedsave-remove`); then settle again",
+    Changing.REVERTING: "the guest was saved, with the disks that it is gone back "
+    "from: that memory fits them only. Drop it (`virsh managedsave-remove`), then "
+    "settle again",
+}
+"""What is to be done about a guest that cannot be resumed by us."""
+
 __all__ = ["Kind", "Memory", "Place", "Return", "Snapshots", "Step", "Wanted"]
 
 
@@ -98,6 +108,29 @@ class Snapshots:
             for each in gone:
                 if each not in outside:
                     self._delete(work, (each,))
+
+    def detached(self, uuid: str) -> tuple[model.DiskRef, ...]:
+        """Return the disks that reverts took away, and that are kept."""
+        return self._here.entitled(uuid).detached
+
+    def give_up(self, uuid: str, key: str) -> model.DiskRef:
+        """Remove a disk that a revert took away, for good.
+
+        What snapshots need of it stays with them. Raises SnapshotRefused.
+
+        Arguments:
+            key: its target if that is one disk's only, or its volume.
+        """
+        with self._work(uuid) as work:
+            found = work.demand_idle("giving a disk up")
+            ref = self._detached(work, found, key)
+            change = model.Change(
+                what=Changing.DELETING, operation=new_operation(), disks=(ref,)
+            )
+            left = tuple(each for each in found.detached if each != ref)
+            self._drop(work, work.publish(found, detached=left, change=change))
+            LOG.info("instance=%s volume=%s given up", uuid, ref.volume)
+            return ref
 
     def plan_create(self, uuid: str, wanted: Wanted) -> list[Step]:
         """Return what create() would do."""
@@ -175,7 +208,7 @@ class Snapshots:
         if found.change is None:
             return
         if found.change.what is not Changing.PREPARING:
-            work.demand_unsaved(found.change.what.value)
+            work.demand_unsaved(found.change.what.value, _SAVED.get(found.change.what))
         LOG.info("instance=%s goes on %s", found.uuid, found.change.what.value)
         if found.change.what is Changing.CREATING:
             Creation(work).recover(found)
@@ -216,6 +249,25 @@ class Snapshots:
             )
         Creation(work).plan(last)
         return last
+
+    def _detached(self, work: Work, found: model.Instance, key: str) -> model.DiskRef:
+        """Return the one that is named; refuse one whose states snapshots need."""
+        named = [ref for ref in found.detached if key in (ref.target, ref.volume)]
+        if len(named) != 1:
+            told = ", ".join(f"{ref.target} ({ref.volume})" for ref in found.detached)
+            raise work.refused(
+                "giving a disk up",
+                f"{key} names {len(named)} of the disks that reverts detached: "
+                f"{told or 'there are none'}",
+            )
+        (ref,) = named
+        for each in found.snapshots:
+            if (ref.backend, ref.volume) in snapshottree.volumes((each,), *Place):
+                raise work.refused(
+                    "giving a disk up",
+                    f"snapshot {each.name} holds {ref.volume}: delete that first",
+                )
+        return ref
 
     def _doomed(
         self, work: Work, key: str, children: bool, itself: bool
@@ -264,6 +316,8 @@ class Snapshots:
         gone = tuple(each for each in found.snapshots if each.id in ids)
         for each in gone:
             work.drop_states(each)
+        for ref in change.disks:
+            work.drop_disk(ref)
         after = self._after(found, gone)
         change = model.Change(what=Changing.TIDYING, operation=change.operation)
         found = work.publish(after, change=change)

@@ -127,7 +127,12 @@ class Planner:
                 _DOING, f"{ref.target}: {ref.volume} is {volume.state.value}"
             )
         place = place or rules.default_place(backend.capabilities)
-        verdict = rules.place(backend.capabilities, volume.format, place)
+        verdict = rules.place(
+            backend.capabilities,
+            volume.format,
+            place,
+            is_clone=volume.parent is not None,
+        )
         if not verdict.possible:
             raise self._work.refused(
                 _DOING, f"{ref.target} {place.value}: {verdict.said}"

@@ -13,7 +13,7 @@ from oslo_log import log as logging
 
 from virtmigrate import domainxml, model, snapshottree
 from virtmigrate.model import Changing, VolumeState
-from virtmigrate.snapshot import rules
+from virtmigrate.snapshot import memory, rules
 from virtmigrate.snapshot.terms import Return, Step
 from virtmigrate.snapshot.work import Layers, Work, new_operation
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
@@ -71,6 +71,9 @@ class Reverting:
             raise self._work.refused(
                 _DOING, "the memory of a guest fits its own configuration only"
             )
+        power = self._power(wanted, snapshot)
+        if power != Taken.OFF.value:
+            memory.demand(self._work, snapshot, _DOING)
         operation = new_operation()
         disks, layers, detached = self._disks(
             found, snapshot, configuration, wanted.layer, operation
@@ -84,7 +87,7 @@ class Reverting:
             layers=layers,
             detached=detached,
             configuration=configuration,
-            power=self._power(wanted, snapshot),
+            power=power,
             how=rules.revert(places, snapshot.memory, snapshot.taken).said,
         )
 
@@ -142,8 +145,10 @@ class Reverting:
             work.foretell(found, domain_xml=text)
             self._restore_states(found, snapshot, text)
             work.define(text, found)
-            self._restore_memory(found, snapshot, change.power)
-            change = msgspec.structs.replace(change, what=Changing.RESUMING)
+            power = self._restore_memory(found, snapshot, change.power)
+            change = msgspec.structs.replace(
+                change, what=Changing.RESUMING, power=power
+            )
             found = work.publish(found, change=change)
         self._set_power(change.power)
         LOG.info("instance=%s is back at snapshot=%s", work.uuid, snapshot.name)
@@ -263,24 +268,34 @@ class Reverting:
 
     def _restore_memory(
         self, found: model.Instance, snapshot: Snapshot, power: str
-    ) -> None:
-        """Start the guest paused where it was, if its memory was kept and is wanted."""
+    ) -> str:
+        """Start the guest paused where it was, if its memory was kept and is wanted.
+
+        Returns what it is to be: off where its file of memory was lost meanwhile.
+        """
         work = self._work
         inside = any(each.place is Place.INTERNAL for each in snapshot.disks)
         if inside:
+            work.restate(
+                each for each in snapshot.disks if each.place is Place.INTERNAL
+            )
             with work.here.starting(work.uuid):
                 described = work.described(snapshot)
                 work.states.revert_inside(work.uuid, described, paused=True)
         if power == Taken.OFF.value:
             work.states.kill(work.uuid)
         elif snapshot.memory is Memory.EXTERNAL:
-            path = work.volume(snapshot.memory_backend, snapshot.memory_volume).path
+            path = memory.path(work, snapshot)
+            if path is None:
+                LOG.error("%s", memory.lost(work, snapshot))
+                return Taken.OFF.value
             # Not what the file's head says now: it may have come from a peer, and
             # libvirt would do as it says.
             text = domainxml.without_runtime(str(snapshot.live_xml))
             text = work.as_here(text, found)
             with work.here.starting(work.uuid):
                 work.states.restore_with(path, text)
+        return power
 
     def _set_power(self, power: str) -> None:
         work = self._work

@@ -164,7 +164,7 @@ class Tidying:
         arch = domainxml.arch(work.states.xml(work.uuid))
         # The one that stands on it, if any: QEMU writes into it what it stands on then.
         head = next(iter(_standing_on(self._work.owned(), backend, above)), above)
-        with work.states.stand_in(backend.layers(head.name), arch) as uuid:
+        with work.states.stand_in(work.uuid, backend.layers(head.name), arch) as uuid:
             self._demand_merged(work.states.merge(uuid, "vda", top, base_path), top)
         backend.persist(below.pool, below.name)
 
