@@ -88,6 +88,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
+        left += self.snapshots.tend()
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:

@@ -101,6 +101,8 @@ class Snapshot(Struct, frozen=True):
     memory_backend: str = ""
     memory_volume: str = ""
     description: str = ""
+    automatic: bool = False
+    """Nobody will ask for it: it may go where chains get too deep."""
 
 
 Snapshots = tuple[Snapshot, ...]

@@ -27,6 +27,16 @@ class SnapshotFailed(SnapshotError):
     )
 
 
+class SnapshotPutOff(SnapshotError):
+    """It was cancelled when only room was left to be given back."""
+
+    msg = (
+        "instance {instance} on {host}: giving back the room of layers was cancelled. "
+        "What was to be deleted is, the guest is as it was, and the layers stay until "
+        "`virtmigrate host settle`, or the next settling of the driver, merges them"
+    )
+
+
 class SnapshotUndecided(SnapshotError):
     """It failed, and so did undoing it; settle() does that once it can."""
 

@@ -14,9 +14,11 @@ import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import errors, model, node, snapshottree
-from virtmigrate.model import Changing
+from virtmigrate.model import Changing, InstanceState
 from virtmigrate.progress import Progress
+from virtmigrate.snapshot import limits
 from virtmigrate.snapshot.creation import Creation
+from virtmigrate.snapshot.flattening import Flattening
 from virtmigrate.snapshot.reverting import Plan as ReturnPlan
 from virtmigrate.snapshot.reverting import Reverting
 from virtmigrate.snapshot.terms import Return, Step, Wanted
@@ -50,6 +52,8 @@ class Snapshots:
     def __init__(self, here: node.Node, demand_no_move: Demand) -> None:
         self._here = here
         self._demand_no_move = demand_no_move
+        self._told: set[str] = set()
+        """What the log has of slow chains already."""
 
     def all(self, uuid: str) -> tuple[snapshottree.Snapshots, str | None]:
         """Return an instance's snapshots, and the id of the current one."""
@@ -64,7 +68,10 @@ class Snapshots:
         Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
         """
         with self._work(uuid) as work:
-            return self._create(work, wanted, progress)
+            made = self._create(work, wanted, progress)
+            for said in limits.slow(self._here, work.found):
+                LOG.warning("%s", said)
+            return made
 
     def revert(
         self, uuid: str, wanted: Return, progress: Progress | None = None
@@ -87,13 +94,23 @@ class Snapshots:
             # What the two changed, the plan has to know.
             plan = Reverting(work).plan(wanted)
             Reverting(work).run(plan)
-            Tidying(work).run(work.found)
+            # It is too late to cancel.
+            Tidying(work, progress and progress.uncancelled()).run(work.found)
             return list(plan.detached)
 
     def delete(
-        self, uuid: str, key: str, *, children: bool = False, itself: bool = True
+        self,
+        uuid: str,
+        key: str,
+        *,
+        children: bool = False,
+        itself: bool = True,
+        progress: Progress | None = None,
     ) -> None:
         """Delete a snapshot; what was taken after it stays, on what it stood on.
+
+        Raises SnapshotPutOff where it was cancelled while layers were merged: what is
+        not merged yet stays until finish(). Cancelled before that: nothing was done.
 
         Arguments:
             children: delete all that was taken after it, too, the last ones first.
@@ -101,13 +118,15 @@ class Snapshots:
         """
         with self._work(uuid) as work:
             gone = self._doomed(work, key, children, itself)
+            if progress is not None:
+                progress.phase("deleting")
             outside = tuple(each for each in gone if not snapshottree.is_inside(each))
             if outside or not gone:
-                self._delete(work, outside)
+                self._delete(work, outside, progress)
             # What stood on these is merged into their volumes by now.
             for each in gone:
                 if each not in outside:
-                    self._delete(work, (each,))
+                    self._delete(work, (each,), progress)
 
     def detached(self, uuid: str) -> tuple[model.DiskRef, ...]:
         """Return the disks that reverts took away, and that are kept."""
@@ -185,7 +204,46 @@ class Snapshots:
                 left.append(f"snapshots of {name}: {e}")
         return left
 
+    def tend(self) -> list[str]:
+        """Shorten chains that are too deep, as the options say; return what failed.
+
+        Chains that get slow are named in the log, once each time they grow.
+        """
+        left = []
+        for name in self._here.instances.names():
+            try:
+                self._tend(name)
+            except errors.InstanceBusy:
+                continue
+            except Exception as e:
+                LOG.exception("instance=%s its chains", name)
+                left.append(f"chains of {name}: {e}")
+        return left
+
     # Private
+
+    def _tend(self, uuid: str) -> None:
+        found = self._here.own_record(uuid)
+        is_idle = found is not None and found.change is None
+        if found is None or found.state is not InstanceState.HERE or not is_idle:
+            return
+        limit = self._here.options.flatten_chain
+        for each in limits.depths(self._here, found) if limit else ():
+            if each.count > limit:
+                self._flatten(uuid, each.target, limit)
+        for said in limits.slow(self._here, self._here.entitled(uuid)):
+            if said not in self._told:
+                LOG.warning("%s", said)
+                self._told.add(said)
+
+    def _flatten(self, uuid: str, target: str, limit: int) -> None:
+        with self._work(uuid) as work:
+            flattening = Flattening(work)
+            while each := flattening.disposable(target, limit):
+                self._delete(work, (each,))
+            is_deep = flattening.depth(target) > limit
+            if is_deep and self._here.options.flatten_by == "pull":
+                flattening.pull(target)
 
     @contextlib.contextmanager
     def _work(self, uuid: str) -> Iterator[Work]:
@@ -216,6 +274,8 @@ class Snapshots:
             Reverting(work).undo(found)
         elif found.change.what is Changing.DELETING:
             self._drop(work, found)
+        elif found.change.what is Changing.FLATTENING:
+            Flattening(work).finish(found)
         elif found.change.what is not Changing.TIDYING:
             Tidying(work).run(Reverting(work).finish(found))
         else:
@@ -288,7 +348,12 @@ class Snapshots:
             current=snapshottree.remaining_parent(found.snapshots, found.current, ids),
         )
 
-    def _delete(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
+    def _delete(
+        self,
+        work: Work,
+        gone: tuple[Snapshot, ...],
+        progress: Progress | None = None,
+    ) -> None:
         found = work.demand_idle("deleting")
         for each in gone:
             self._demand_droppable(work, each)
@@ -296,7 +361,7 @@ class Snapshots:
         change = model.Change(
             what=Changing.DELETING, operation=new_operation(), gone=ids
         )
-        self._drop(work, work.publish(found, change=change))
+        self._drop(work, work.publish(found, change=change), progress)
 
     def _demand_droppable(self, work: Work, snapshot: Snapshot) -> None:
         for disk in snapshot.disks:
@@ -310,7 +375,9 @@ class Snapshots:
                         "off, or delete what was taken after it first",
                     )
 
-    def _drop(self, work: Work, found: model.Instance) -> None:
+    def _drop(
+        self, work: Work, found: model.Instance, progress: Progress | None = None
+    ) -> None:
         assert found.change is not None
         change, ids = found.change, found.change.gone
         gone = tuple(each for each in found.snapshots if each.id in ids)
@@ -327,4 +394,4 @@ class Snapshots:
             found.uuid,
             ",".join(each.name for each in gone),
         )
-        Tidying(work).run(found)
+        Tidying(work, progress).run(found)

@@ -71,6 +71,20 @@ class Work:
             if stored.body.owner == self.uuid
         ]
 
+    def lent(self) -> set[tuple[str, str]]:
+        """Return (backend, volume) of what volumes of other owners stand on.
+
+        Raises as owned().
+        """
+        return {
+            (backend.name, below)
+            for backend in self.here.up()
+            for stored in backend.catalog.all(strict=True)
+            if stored.body.owner != self.uuid
+            for below in (stored.body.backing, stored.body.parent)
+            if below is not None
+        }
+
     def taken(self) -> Taken:
         """Return what the guest does; InvalidState for what cannot be frozen."""
         power = self.states.power(self.uuid)
