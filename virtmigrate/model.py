@@ -236,6 +236,8 @@ class Change(Struct, frozen=True):
     """As they are to be."""
     snapshot: Snapshot | None = None
     """The one that is made, or reverted to."""
+    kept: Snapshot | None = None
+    """What a revert makes of what there was."""
     gone: tuple[str, ...] = ()
     """Ids that are deleted."""
     power: str = ""

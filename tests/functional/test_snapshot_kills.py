@@ -99,6 +99,21 @@ def deleted(name: str, state: str = "", **options: bool) -> Change:
     )
 
 
+def branched(wanted: Wanted, state: str = "") -> Change:
+    """Go on from one beside what there is, which is kept: both, or neither."""
+    power = {"": "running", "off": "shutoff"}.get(state, state)
+    tree = {"a": 1, wanted.name: 2}
+    then = "running" if wanted.kind is Kind.CHECKPOINT else power
+    return Change(
+        (1, Wanted("a"), 2, wanted, 3, *filter(None, [state])),
+        Return(wanted.name, keep="kept"),
+        (
+            Outcome(tree, 3, power),
+            Outcome({**tree, "kept": 3}, 2, then),
+        ),
+    )
+
+
 INSIDE_OFF = Wanted("b", places={"vda": Place.INTERNAL})
 
 CHANGES = {
@@ -150,9 +165,20 @@ CHANGES = {
         Return("a", keep="kept", delete_children=True),
         (
             Outcome({"a": 1, "b": 2}, 3, "running"),
-            Outcome({"a": 1}, 3, "running"),
-            Outcome({"a": 1, "kept": 3}, 3, "running"),
             Outcome({"a": 1, "kept": 3}, 1, "running"),
+        ),
+    ),
+    "branch": branched(Wanted("b")),
+    "branch-off": branched(Wanted("b"), "off"),
+    "branch-memory": branched(outside("b")),
+    "branch-inside": branched(inside("b")),
+    "branch-inside-paused": branched(inside("b"), "paused"),
+    "branch-inside-off": Change(
+        (1, Wanted("a"), 2, "off", INSIDE_OFF, "on", 3, "off"),
+        Return("b", keep="kept"),
+        (
+            Outcome({"a": 1, "b": 2}, 3, "shutoff"),
+            Outcome({"a": 1, "b": 2, "kept": 3}, 2, "shutoff"),
         ),
     ),
 }
@@ -202,6 +228,8 @@ def do(world: World, instance: Any, step: object) -> None:
         snapshots.create(instance.uuid, step)
     elif isinstance(step, Return):
         snapshots.revert(instance.uuid, step)
+    elif step == "on":
+        world.a.driver.power_on(None, instance, None)
     else:
         guestdisk.power(world.a, instance, str(step))
 

@@ -2,8 +2,11 @@
 """Space, room and depth of chains; chains that are made shorter; merges on the way."""
 
 import logging
+import os
+import signal
 from typing import Any
 
+import libvirt
 import msgspec
 import pytest
 
@@ -15,7 +18,7 @@ from virtmigrate.formats import DiskFormat
 from virtmigrate.progress import Progress, Report
 from virtmigrate.snapshot import Place, Return, Wanted
 from virtmigrate.snapshot.flattening import Flattening
-from virtmigrate.units import MiB
+from virtmigrate.units import KiB, MiB
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_the_space_of_snapshots_is_limited(world: World) -> None:
 
 def test_no_room_for_memory_is_seen_before_it_is_written(world: World) -> None:
     with small(world) as filler:
-        a, made = world.a, world.spawn(world.a, memory_mb=512)
+        a, made = world.a, world.spawn(world.a, memory_mb=8192)
         write(a, made, 1)
         before = a.files()
         with pytest.raises(errors.SnapshotRefused, match=r"has room for .* needed"):
@@ -137,6 +140,9 @@ def test_an_active_layer_comes_to_stand_alone(
         write(a, guest, number, number * MiB)
         snapshots.create(guest.uuid, Wanted(f"s{number}"))
     write(a, guest, 3, 3 * MiB)
+    # So that QEMU writes down what it holds.
+    a.driver.pause(guest)
+    a.driver.unpause(guest)
     whole = world.read(a, guest)
     power(a, guest, state)
     if is_killed:
@@ -146,6 +152,8 @@ def test_an_active_layer_comes_to_stand_alone(
                 options(a, flatten_chain=1, flatten_by="pull")
     options(a, flatten_chain=1, flatten_by="pull")
     assert (names(a, guest), depth(a, guest)) == (["s1", "s2"], 1)
+    assert a.state_of(guest) == {"off": "shutoff"}.get(state, state)
+    kill_qemu(a)
     assert world.read(a, guest) == whole
     assert a.driver.settle() == []
     assert consistency.check(a.driver.node) == []
@@ -222,16 +230,52 @@ def filled(world: World) -> Any:
 
 
 @pytest.mark.parametrize("state", ["running", "off"])
-def test_a_merge_says_how_far_it_is(world: World, state: str) -> None:
+def test_a_merge_says_how_far_it_is(
+    world: World, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = filled(world)
     power(world.a, made, state)
     seen: list[Report] = []
     progress = Progress(seen.append, interval=0)
+    monkeypatch.setattr(merging, "_commit", slowly)
     world.a.driver.snapshots.delete(made.uuid, "s", progress=progress)
     merged = [each for each in seen if each.phase == "merging a layer of vda"]
-    assert merged
-    assert merged[-1].total > 0
-    assert all(each.done <= each.total for each in merged)
+    assert len({each.done for each in merged}) > 2
+    assert all(0 <= each.done <= each.total for each in merged)
+    assert any(each.left for each in merged)
+
+
+def slowly(
+    domain: "libvirt.virDomain", target: str, top: str, base: str, *, is_active: bool
+) -> None:
+    """As it is begun, but for its rate: 256 KiB per second."""
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+    flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if is_active else 0
+    domain.blockCommit(target, base, None if is_active else top, 256 * KiB, flags)
+
+
+@pytest.mark.parametrize("name", ["s1", "s2"])
+def test_what_was_merged_outlives_qemu(world: World, name: str) -> None:
+    """QEMU may be killed right after: the layer is gone by then."""
+    a, made = world.a, world.spawn(world.a, world.image(64 * MiB))
+    snapshots = a.driver.snapshots
+    snapshots.create(made.uuid, Wanted("s0"))
+    for number in (1, 2):
+        write(a, made, number, number * 8 * MiB)
+        snapshots.create(made.uuid, Wanted(f"s{number}"))
+    write(a, made, 3, 24 * MiB)
+    # As a guest that wants to keep it does.
+    a.driver.pause(made)
+    a.driver.unpause(made)
+    snapshots.delete(made.uuid, name)
+    kill_qemu(a)
+    found = [byte(world, made, number * 8 * MiB) for number in (1, 2, 3)]
+    assert found == [1, 2, 3]
+
+
+def kill_qemu(node: Node) -> None:
+    for pid in node.host.qemu_pids():
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("state", ["running", "off"])

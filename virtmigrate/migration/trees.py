@@ -70,10 +70,12 @@ def change_at_peer(change: model.Change, backends: Mapping[str, str]) -> model.C
         return msgspec.structs.replace(ref, backend=name)
 
     snapshot = change.snapshot and _at_peer(change.snapshot, {}, backends)
+    kept = change.kept and _at_peer(change.kept, {}, backends)
     return msgspec.structs.replace(
         change,
         disks=tuple(map(there, change.disks)),
         snapshot=snapshot,
+        kept=kept,
         layer=change.layer and there(change.layer),
     )
 

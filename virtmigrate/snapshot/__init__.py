@@ -7,7 +7,6 @@ finish() goes on with what a kill left.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import msgspec
@@ -19,12 +18,11 @@ from virtmigrate.progress import Progress
 from virtmigrate.snapshot import limits
 from virtmigrate.snapshot.creation import Creation
 from virtmigrate.snapshot.flattening import Flattening
-from virtmigrate.snapshot.reverting import Plan as ReturnPlan
 from virtmigrate.snapshot.reverting import Reverting
 from virtmigrate.snapshot.terms import Return, Step, Wanted
 from virtmigrate.snapshot.tidying import Tidying
-from virtmigrate.snapshot.work import FIXED, Demand, Work, new_operation
-from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
+from virtmigrate.snapshot.work import Demand, Work, new_operation
+from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot
 
 LOG = logging.getLogger(__name__)
 
@@ -84,16 +82,12 @@ class Snapshots:
         """
         with self._work(uuid) as work:
             plan = Reverting(work).plan(wanted)
-            last = self._last(work, wanted, plan) if wanted.keep else None
-            if wanted.delete_children:
-                gone = snapshottree.descendants(work.found.snapshots, plan.snapshot.id)
-                for each in gone:
+            if wanted.delete_children and not plan.gone:
+                # States of these have to go, and what stands on volumes, before.
+                for each in self._doomed(work, plan.snapshot.id, True, False):
                     self._delete(work, (each,))
-            if last is not None:
-                Creation(work, progress).run(last)
-            # What the two changed, the plan has to know.
-            plan = Reverting(work).plan(wanted)
-            Reverting(work).run(plan)
+                plan = Reverting(work).plan(wanted)
+            Reverting(work, progress).run(plan)
             # It is too late to cancel.
             Tidying(work, progress and progress.uncancelled()).run(work.found)
             return list(plan.detached)
@@ -159,21 +153,18 @@ class Snapshots:
     def plan_revert(self, uuid: str, wanted: Return) -> list[Step]:
         """Return what revert() would do."""
         with self._work(uuid) as work:
-            found, steps = work.demand_idle("going back"), []
+            found = work.demand_idle("going back")
             plan = Reverting(work).plan(wanted)
-            if wanted.keep:
-                self._last(work, wanted, plan)
-                steps.append(Step("keep", wanted.keep, "what there is now"))
             gone: tuple[Snapshot, ...] = ()
             if wanted.delete_children:
-                gone = tuple(
-                    snapshottree.descendants(found.snapshots, plan.snapshot.id)
-                )
-            steps += [Step("delete", each.name, "it stands on it") for each in gone]
+                gone = self._doomed(work, plan.snapshot.id, True, False)
+            steps = [Step("delete", each.name, "it stands on it") for each in gone]
             after = self._after(found, gone)
-            if not wanted.keep:
-                after = msgspec.structs.replace(after, disks=plan.disks)
-            return [*steps, *plan.steps(), *Tidying(work).plan(after)]
+            kept = (plan.kept,) if plan.kept else ()
+            after = msgspec.structs.replace(
+                after, disks=plan.disks, snapshots=(*after.snapshots, *kept)
+            )
+            return [*plan.steps(), *steps, *Tidying(work).plan(after)]
 
     def plan_delete(
         self, uuid: str, key: str, *, children: bool = False, itself: bool = True
@@ -280,35 +271,6 @@ class Snapshots:
             Tidying(work).run(Reverting(work).finish(found))
         else:
             Tidying(work).run(found)
-
-    def _last(self, work: Work, wanted: Return, plan: ReturnPlan) -> Wanted:
-        """Return what keeps the state that a revert leaves.
-
-        Inside, where the revert needs that volume as it is: a layer over it would be
-        in its way. Raises what taking it would.
-        """
-        inside = {
-            (disk.backend, disk.volume)
-            for disk in plan.snapshot.disks
-            if disk.place is Place.INTERNAL
-        }
-        found = work.found
-        has_state = any((ref.backend, ref.volume) in inside for ref in found.disks)
-        last = Wanted(name=wanted.keep, layer=wanted.layer, by=wanted.by)
-        if has_state:
-            is_off = work.taken() is Taken.OFF
-            last = dataclasses.replace(
-                last,
-                kind=Kind.DISK if is_off else Kind.CHECKPOINT,
-                memory=Memory.NONE if is_off else Memory.INTERNAL,
-                places={
-                    ref.target: Place.INTERNAL
-                    for ref in found.disks
-                    if ref.role not in FIXED
-                },
-            )
-        Creation(work).plan(last)
-        return last
 
     def _detached(self, work: Work, found: model.Instance, key: str) -> model.DiskRef:
         """Return the one that is named; refuse one whose states snapshots need."""

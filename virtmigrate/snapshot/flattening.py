@@ -20,7 +20,7 @@ from virtmigrate.progress import Progress
 from virtmigrate.snapshot import limits
 from virtmigrate.snapshot.tidying import Tidying
 from virtmigrate.snapshot.work import Work, new_operation
-from virtmigrate.snapshottree import Place, Snapshot
+from virtmigrate.snapshottree import Place, Snapshot, Taken
 
 LOG = logging.getLogger(__name__)
 
@@ -73,9 +73,16 @@ class Flattening:
         below = self._below(ref)
         if not below.ours:
             return
+        if self._work.taken() is Taken.PAUSED:
+            # QEMU holds back what it writes then, until the guest goes on and stops.
+            LOG.info("instance=%s is paused: it is not flattened", self._work.uuid)
+            return
         self._demand_possible(found, ref, below)
         change = model.Change(
-            what=Changing.FLATTENING, operation=new_operation(), layer=ref
+            what=Changing.FLATTENING,
+            operation=new_operation(),
+            layer=ref,
+            power=self._work.taken().value,
         )
         self.finish(self._work.publish(found, change=change))
 
@@ -87,9 +94,14 @@ class Flattening:
         below = self._below(ref)
         if below.ours:
             self._pull(ref, backend, below)
+            if change.power == Taken.RUNNING.value:
+                work.states.flush(work.uuid)
+            backend.persist(work.volume(ref.backend, ref.volume).pool, ref.volume)
             top = work.volume(ref.backend, ref.volume)
             backing = below.image.name if below.image else None
             backend.update(msgspec.structs.replace(top, backing=backing, digest=None))
+        if change.power == Taken.RUNNING.value:
+            work.states.unpause(work.uuid)
         work.define(work.states.xml(work.uuid), found)
         tidying = model.Change(what=Changing.TIDYING, operation=change.operation)
         LOG.info("instance=%s %s stands alone", work.uuid, ref.target)
@@ -145,4 +157,3 @@ class Flattening:
                 "is there room for it? Nothing is lost, and `virtmigrate host settle` "
                 "goes on with it",
             )
-        backend.persist(work.volume(ref.backend, ref.volume).pool, ref.volume)

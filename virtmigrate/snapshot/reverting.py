@@ -13,7 +13,9 @@ from oslo_log import log as logging
 
 from virtmigrate import domainxml, model, snapshottree
 from virtmigrate.model import Changing, VolumeState
-from virtmigrate.snapshot import memory, rules
+from virtmigrate.progress import Progress
+from virtmigrate.snapshot import memory, planning, rules
+from virtmigrate.snapshot.leaving import Leaving
 from virtmigrate.snapshot.terms import Return, Step
 from virtmigrate.snapshot.work import Layers, Work, new_operation
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
@@ -36,10 +38,17 @@ class Plan:
     configuration: bool
     power: str
     how: str
+    kept: Snapshot | None
+    """What becomes of what there is now."""
+    gone: tuple[str, ...]
+    """Ids of what was taken after it, and goes in the same step."""
 
     def steps(self) -> list[Step]:
         """Return what would be done."""
-        found = [Step("restore", self.snapshot.name, self.how)]
+        found = []
+        if self.kept is not None:
+            found.append(Step("keep", self.kept.name, "what there is now"))
+        found.append(Step("restore", self.snapshot.name, self.how))
         found += [
             Step("layer", each.name, f"over {each.backing}") for _, each in self.layers
         ]
@@ -56,8 +65,10 @@ class Plan:
 class Reverting:
     """Goes back to a snapshot of one instance, under its claim."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, progress: Progress | None = None) -> None:
         self._work = work
+        self._progress = progress or Progress()
+        self._leaving = Leaving(work)
 
     def plan(self, wanted: Return) -> Plan:
         """Return what would be done; SnapshotRefused, SnapshotNotFound."""
@@ -74,11 +85,17 @@ class Reverting:
         power = self._power(wanted, snapshot)
         if power != Taken.OFF.value:
             memory.demand(self._work, snapshot, _DOING)
-        operation = new_operation()
+        left = self._leaving.plan(wanted, snapshot) if wanted.keep else None
+        operation = left.snapshot.id if left else new_operation()
         disks, layers, detached = self._disks(
             found, snapshot, configuration, wanted.layer, operation
         )
         self._demand_chains(found, disks, snapshot)
+        gone = self._gone(found, snapshot) if wanted.delete_children else ()
+        kept = None
+        if left is not None:
+            disks, layers = _with_left(disks, layers, left)
+            kept = self._kept(found, left.snapshot, gone)
         places = {each.place for each in snapshot.disks}
         return Plan(
             snapshot=snapshot,
@@ -89,6 +106,8 @@ class Reverting:
             configuration=configuration,
             power=power,
             how=rules.revert(places, snapshot.memory, snapshot.taken).said,
+            kept=kept,
+            gone=gone,
         )
 
     def run(self, plan: Plan) -> None:
@@ -102,11 +121,13 @@ class Reverting:
             snapshot=plan.snapshot,
             power=plan.power,
             configuration=plan.configuration,
+            kept=plan.kept,
         )
         found = work.publish(work.found, change=change)
         try:
             work.make_layers(plan.layers)
-            work.settle_layers(plan.disks, plan.operation)
+            if plan.kept is not None:
+                self._leaving.keep(plan.kept, self._progress)
         except BaseException:
             self.undo(found)
             raise
@@ -114,6 +135,7 @@ class Reverting:
             work.publish(
                 found,
                 disks=plan.disks,
+                snapshots=_tree(found, plan),
                 current=plan.snapshot.id,
                 detached=_detached(found, plan),
                 **_size(plan),
@@ -122,8 +144,10 @@ class Reverting:
         )
 
     def undo(self, found: model.Instance) -> None:
-        """Take away what was prepared: the guest was not touched."""
+        """Take away what was prepared: the guest goes on, if it had to stand still."""
         assert found.change is not None
+        if found.change.kept is not None:
+            self._leaving.undo(found.change.kept)
         self._work.drop_made(found.change.operation)
         self._work.publish(found, change=None)
 
@@ -138,6 +162,9 @@ class Reverting:
         snapshot = change.snapshot
         if change.what is Changing.REVERTING:
             work.states.kill(work.uuid)
+            if change.kept is not None:
+                self._leaving.freeze(change.kept)
+            work.settle_layers(found.disks, change.operation)
             self._thaw(found, snapshot)
             text = work.states.xml(work.uuid)
             if change.configuration:
@@ -156,6 +183,21 @@ class Reverting:
         return work.publish(found, change=tidying)
 
     # Private
+
+    def _gone(self, found: model.Instance, snapshot: Snapshot) -> tuple[str, ...]:
+        """Return what was taken after one, if only layers and files are to go with it.
+
+        Else nothing: what lies inside of volumes, or is kept by backends, goes first.
+        """
+        gone = list(snapshottree.descendants(found.snapshots, snapshot.id))
+        places = {disk.place for each in (*gone, snapshot) for disk in each.disks}
+        return tuple(each.id for each in gone) if places <= {Place.EXTERNAL} else ()
+
+    @staticmethod
+    def _kept(found: model.Instance, kept: Snapshot, gone: tuple[str, ...]) -> Snapshot:
+        """Return it as it hangs in the tree afterwards."""
+        parent = snapshottree.remaining_parent(found.snapshots, kept.parent, gone)
+        return msgspec.structs.replace(kept, parent=parent)
 
     def _disks(
         self,
@@ -307,9 +349,38 @@ class Reverting:
             work.states.unpause(work.uuid)
 
 
+def _with_left(
+    disks: tuple[model.DiskRef, ...], layers: Layers, left: planning.Plan
+) -> tuple[tuple[model.DiskRef, ...], Layers]:
+    """Have disks that do not go back go on in layers over what is kept of them."""
+    over = {
+        (backend, str(layer.backing)): (backend, layer)
+        for backend, layer in left.layers
+    }
+    going_on = [
+        over[ref.backend, ref.volume]
+        for ref in disks
+        if (ref.backend, ref.volume) in over
+    ]
+    tops = {(backend, str(each.backing)): each.name for backend, each in going_on}
+    refs = tuple(
+        msgspec.structs.replace(
+            ref, volume=tops.get((ref.backend, ref.volume), ref.volume)
+        )
+        for ref in disks
+    )
+    return refs, (*layers, *going_on)
+
+
+def _tree(found: model.Instance, plan: Plan) -> snapshottree.Snapshots:
+    kept = (plan.kept,) if plan.kept else ()
+    return (*snapshottree.without(found.snapshots, plan.gone), *kept)
+
+
 def _detached(found: model.Instance, plan: Plan) -> tuple[model.DiskRef, ...]:
-    """Return what no disk is any more."""
+    """Return what no disk is any more, nor below one."""
     disks = {(ref.backend, ref.volume) for ref in plan.disks}
+    disks |= {(backend, str(layer.backing)) for backend, layer in plan.layers}
     gone = (*found.detached, *plan.detached)
     return tuple(ref for ref in gone if (ref.backend, ref.volume) not in disks)
 

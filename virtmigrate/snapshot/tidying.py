@@ -177,6 +177,7 @@ class Tidying:
                 work.uuid, disk, top, base_path, told, self._progress
             )
             self._demand_merged(is_done, top)
+            backend.persist(below.pool, below.name)
             return
         arch = domainxml.arch(work.states.xml(work.uuid))
         # The one that stands on it, if any: QEMU writes into it what it stands on then.

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is now becomes a snapshot on the way back to another one: a branch.
+
+Volumes with layers need nothing for that: the guest is about to leave them, so they are
+frozen as they are when it has ended. What is kept inside of volumes, or by a backend,
+is kept while the guest stands still, before the record says that it goes back.
+"""
+
+import dataclasses
+
+import msgspec
+
+from virtmigrate import model
+from virtmigrate.model import VolumeState
+from virtmigrate.progress import Progress
+from virtmigrate.snapshot import planning
+from virtmigrate.snapshot.terms import Return, Wanted
+from virtmigrate.snapshot.work import FIXED, Work
+from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
+
+
+class Leaving:
+    """Keeps what an instance has now, under its claim."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def plan(self, back: Return, target: Snapshot) -> planning.Plan:
+        """Return the snapshot that will keep it; SnapshotRefused, SnapshotExists."""
+        return planning.Planner(self._work).plan(self._wanted(back, target))
+
+    def keep(self, kept: Snapshot, progress: Progress) -> None:
+        """Keep states, and leave the guest paused; undo() drops them again."""
+        work, places = self._work, {each.place for each in kept.disks}
+        if places <= {Place.EXTERNAL}:
+            return
+        if kept.taken is Taken.RUNNING:
+            work.states.pause(work.uuid)
+        for disk in kept.disks:
+            if disk.place is Place.OWN:
+                work.backend(disk).keep_state(disk.volume, kept.id)
+        if Place.INTERNAL in places:
+            if kept.taken is Taken.OFF:
+                work.restate(kept.disks)
+            work.states.keep_inside(work.uuid, kept.id, progress, Wanted.timeout)
+
+    def undo(self, kept: Snapshot) -> None:
+        """Drop what was kept, and let the guest go on; can be called again."""
+        if any(each.place is not Place.EXTERNAL for each in kept.disks):
+            if not self._work.states.is_off(self._work.uuid):
+                self._work.states.end_job(self._work.uuid)
+            self._work.drop_states(kept)
+            if kept.taken is Taken.RUNNING:
+                self._work.states.unpause(self._work.uuid)
+
+    def freeze(self, kept: Snapshot) -> None:
+        """Publish that what it left is frozen; the guest has ended."""
+        for disk in kept.disks:
+            volume = self._work.volume(disk.backend, disk.volume)
+            usable = volume.state is VolumeState.USABLE
+            if disk.place is Place.EXTERNAL and usable:
+                frozen = msgspec.structs.replace(volume, state=VolumeState.FROZEN)
+                self._work.backend(disk).update(frozen)
+
+    # Private
+
+    def _wanted(self, back: Return, target: Snapshot) -> Wanted:
+        """Return what keeps the state that a revert leaves.
+
+        Inside, where the revert needs that volume as it is: a layer over it would be
+        in its way.
+        """
+        found = self._work.found
+        inside = {
+            (disk.backend, disk.volume)
+            for disk in target.disks
+            if disk.place is Place.INTERNAL
+        }
+        last = Wanted(name=back.keep, layer=back.layer, by=back.by)
+        if not any((ref.backend, ref.volume) in inside for ref in found.disks):
+            return last
+        is_off = self._work.taken() is Taken.OFF
+        return dataclasses.replace(
+            last,
+            kind=Kind.DISK if is_off else Kind.CHECKPOINT,
+            memory=Memory.NONE if is_off else Memory.INTERNAL,
+            places=_all_inside(found),
+        )
+
+
+# Private
+
+
+def _all_inside(found: model.Instance) -> dict[str, Place]:
+    return {ref.target: Place.INTERNAL for ref in found.disks if ref.role not in FIXED}
