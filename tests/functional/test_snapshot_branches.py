@@ -96,7 +96,10 @@ def test_a_disk_that_does_not_go_back_is_kept_all_the_same(
     power(a, made, state)
     snapshots.revert(made.uuid, Return("one", keep="kept", layer="mine"))
     tops = {ref.target: ref.volume for ref in a.driver.node.entitled(made.uuid).disks}
-    assert {name.partition(".")[0] for name in tops.values()} == {"mine-vda", "vdb"}
+    assert {name.partition(".")[0] for name in tops.values()} == {
+        "mine-vda",
+        "mine-vdb",
+    }
     assert (byte(world, made), byte(world, made, target="vdb")) == (1, 2)
     a.driver.power_on(None, made, None)
     write(a, made, 3)

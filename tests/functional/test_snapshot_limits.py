@@ -66,6 +66,7 @@ def test_no_room_for_memory_is_seen_before_it_is_written(world: World) -> None:
         before = a.files()
         with pytest.raises(errors.SnapshotRefused, match=r"has room for .* needed"):
             a.driver.snapshots.create(made.uuid, checkpoint("memory"))
+        assert a.files() == before
         a.driver.snapshots.create(made.uuid, Wanted("disk"))
         write(a, made, 2)
         fill(filler)
@@ -77,7 +78,6 @@ def test_no_room_for_memory_is_seen_before_it_is_written(world: World) -> None:
         assert names(a, made) == ["disk"]
         a.backend = {}
         filler.unlink()
-        assert [n for n in before if n not in a.files() and "instances" not in n] == []
 
 
 def test_chains_that_get_slow_are_named(

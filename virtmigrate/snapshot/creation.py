@@ -14,7 +14,7 @@ from virtmigrate import domainstate, errors, model
 from virtmigrate.instance import Power
 from virtmigrate.model import Changing
 from virtmigrate.progress import Progress
-from virtmigrate.snapshot import memory, planning
+from virtmigrate.snapshot import firmware, memory, planning
 from virtmigrate.snapshot.terms import Wanted
 from virtmigrate.snapshot.tidying import Tidying
 from virtmigrate.snapshot.work import Work
@@ -125,6 +125,8 @@ class Creation:
     def _prepare(self, plan: planning.Plan) -> None:
         self._progress.phase("making layers")
         self._work.make_layers(plan.layers)
+        if not _needs_rest(plan.snapshot):
+            firmware.copy(self._work, plan.snapshot)
         if plan.snapshot.memory_volume:
             volume = memory.planned(self._work, plan.snapshot)
             self._work.here.files.volumes.publish(volume.name, volume)
@@ -171,8 +173,11 @@ class Creation:
             memory=path,
         )
         with self._quiesced(wanted):
-            if own and not path:
+            if _needs_rest(snapshot):
                 # Before the layers, which say that all is kept.
+                work.states.pause(work.uuid)
+                firmware.copy(work, snapshot)
+            if own and not path:
                 work.states.pause(work.uuid)
                 self._keep_own(snapshot)
             if request.layers or path:
@@ -244,8 +249,9 @@ class Creation:
         self._wake(snapshot)
         work.drop_states(snapshot)
         work.settle_layers(change.disks, change.operation)
-        if snapshot.memory_volume:
-            work.here.files.remove(snapshot.memory_volume)
+        for name in (snapshot.memory_volume, snapshot.variables_volume):
+            if name:
+                work.here.files.remove(name)
         tidying = model.Change(what=Changing.TIDYING, operation=change.operation)
         found = work.publish(found, disks=change.disks, change=tidying)
         work.define(work.states.xml(work.uuid), found)
@@ -256,7 +262,7 @@ class Creation:
         """Publish what was done: from here on it is a snapshot."""
         work, change = self._work, found.change
         assert change is not None and change.snapshot is not None
-        snapshot = change.snapshot
+        snapshot = firmware.settled(work, change.snapshot)
         self._wake(snapshot)
         work.settle_layers(change.disks, change.operation)
         if snapshot.memory_volume:
@@ -279,6 +285,12 @@ class Creation:
 
 
 # Private
+
+
+def _needs_rest(snapshot: Snapshot) -> bool:
+    """Tell whether a running guest has to stand still for a copy of its variables."""
+    is_running = snapshot.taken is Taken.RUNNING and snapshot.memory is Memory.NONE
+    return is_running and bool(snapshot.variables_volume)
 
 
 def _doubted(found: model.Instance) -> model.Instance:

@@ -13,7 +13,7 @@ import msgspec
 from virtmigrate import model
 from virtmigrate.model import VolumeState
 from virtmigrate.progress import Progress
-from virtmigrate.snapshot import planning
+from virtmigrate.snapshot import firmware, planning
 from virtmigrate.snapshot.terms import Return, Wanted
 from virtmigrate.snapshot.work import FIXED, Work
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
@@ -32,10 +32,12 @@ class Leaving:
     def keep(self, kept: Snapshot, progress: Progress) -> None:
         """Keep states, and leave the guest paused; undo() drops them again."""
         work, places = self._work, {each.place for each in kept.disks}
-        if places <= {Place.EXTERNAL}:
+        if not _needs_rest(kept):
             return
         if kept.taken is Taken.RUNNING:
             work.states.pause(work.uuid)
+        # What the guest does not change any more, until it ends.
+        firmware.copy(work, kept)
         for disk in kept.disks:
             if disk.place is Place.OWN:
                 work.backend(disk).keep_state(disk.volume, kept.id)
@@ -46,7 +48,7 @@ class Leaving:
 
     def undo(self, kept: Snapshot) -> None:
         """Drop what was kept, and let the guest go on; can be called again."""
-        if any(each.place is not Place.EXTERNAL for each in kept.disks):
+        if _needs_rest(kept):
             if not self._work.states.is_off(self._work.uuid):
                 self._work.states.end_job(self._work.uuid)
             self._work.drop_states(kept)
@@ -89,6 +91,12 @@ class Leaving:
 
 
 # Private
+
+
+def _needs_rest(kept: Snapshot) -> bool:
+    """Tell whether the guest has to stand still to have it kept."""
+    outside = all(each.place is Place.EXTERNAL for each in kept.disks)
+    return bool(kept.variables_volume) or not outside
 
 
 def _all_inside(found: model.Instance) -> dict[str, Place]:

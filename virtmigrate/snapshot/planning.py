@@ -8,7 +8,7 @@ import msgspec
 
 from virtmigrate import errors, model, snapshottree
 from virtmigrate.model import Role, VolumeState
-from virtmigrate.snapshot import limits, rules
+from virtmigrate.snapshot import firmware, limits, rules
 from virtmigrate.snapshot.terms import Step, Wanted
 from virtmigrate.snapshot.work import FIXED, Layers, Work, new_operation
 from virtmigrate.snapshottree import (
@@ -157,6 +157,7 @@ class Planner:
             consistency = Consistency.FILES
         outside = wanted.memory is Memory.EXTERNAL
         with_memory = wanted.memory is not Memory.NONE
+        variables = firmware.name(found, operation)
         live = work.states.secure_xml(work.uuid) if with_memory else None
         return Snapshot(
             id=operation,
@@ -175,6 +176,8 @@ class Planner:
             memory_volume=f"memory.{operation}" if outside else "",
             description=wanted.description,
             automatic=wanted.automatic,
+            variables_backend=work.here.files.name if variables else "",
+            variables_volume=variables,
         )
 
 

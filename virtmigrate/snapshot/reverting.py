@@ -14,7 +14,7 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, model, snapshottree
 from virtmigrate.model import Changing, VolumeState
 from virtmigrate.progress import Progress
-from virtmigrate.snapshot import memory, planning, rules
+from virtmigrate.snapshot import firmware, memory, planning, rules
 from virtmigrate.snapshot.leaving import Leaving
 from virtmigrate.snapshot.terms import Return, Step
 from virtmigrate.snapshot.work import Layers, Work, new_operation
@@ -82,6 +82,8 @@ class Reverting:
             raise self._work.refused(
                 _DOING, "the memory of a guest fits its own configuration only"
             )
+        if configuration:
+            firmware.demand(self._work, snapshot, _DOING)
         power = self._power(wanted, snapshot)
         if power != Taken.OFF.value:
             memory.demand(self._work, snapshot, _DOING)
@@ -128,20 +130,14 @@ class Reverting:
             work.make_layers(plan.layers)
             if plan.kept is not None:
                 self._leaving.keep(plan.kept, self._progress)
+            decided = self._decide(found, plan)
         except BaseException:
-            self.undo(found)
+            # Somebody may have it published, and the answer was lost.
+            now = work.found
+            if now.change == change:
+                self.undo(now)
             raise
-        self.finish(
-            work.publish(
-                found,
-                disks=plan.disks,
-                snapshots=_tree(found, plan),
-                current=plan.snapshot.id,
-                detached=_detached(found, plan),
-                **_size(plan),
-                change=msgspec.structs.replace(change, what=Changing.REVERTING),
-            )
-        )
+        self.finish(decided)
 
     def undo(self, found: model.Instance) -> None:
         """Take away what was prepared: the guest goes on, if it had to stand still."""
@@ -169,6 +165,7 @@ class Reverting:
             text = work.states.xml(work.uuid)
             if change.configuration:
                 text = snapshot.domain_xml
+                firmware.bring_back(work, found, snapshot)
             work.foretell(found, domain_xml=text)
             self._restore_states(found, snapshot, text)
             work.define(text, found)
@@ -183,6 +180,19 @@ class Reverting:
         return work.publish(found, change=tidying)
 
     # Private
+
+    def _decide(self, found: model.Instance, plan: Plan) -> model.Instance:
+        """Publish what is to be: from here on it is finished."""
+        assert found.change is not None
+        return self._work.publish(
+            found,
+            disks=plan.disks,
+            snapshots=_tree(found, plan),
+            current=plan.snapshot.id,
+            detached=_detached(found, plan),
+            **_size(plan),
+            change=msgspec.structs.replace(found.change, what=Changing.REVERTING),
+        )
 
     def _gone(self, found: model.Instance, snapshot: Snapshot) -> tuple[str, ...]:
         """Return what was taken after one, if only layers and files are to go with it.
