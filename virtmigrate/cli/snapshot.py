@@ -209,7 +209,7 @@ class Revert(_Change):
             "--keep",
             default="",
             metavar="NAME",
-            help="first take a disk snapshot of what there is now",
+            help="make a snapshot of what there is now, in the same step",
         )
         _add_return(parser)
 
@@ -230,8 +230,8 @@ class Revert(_Change):
 class Branch(Revert):
     """Go on from a snapshot beside what was taken after it, and show the tree.
 
-    It is a revert that loses nothing: of what there is now a disk snapshot is taken
-    first, to go back to.
+    It is a revert that loses nothing: what there is now becomes a snapshot in the same
+    step, to go back to.
     """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from virtmigrate.model import VolumeState
 from virtmigrate.progress import Progress
 from virtmigrate.snapshot import firmware, planning
 from virtmigrate.snapshot.terms import Return, Wanted
-from virtmigrate.snapshot.work import FIXED, Work
+from virtmigrate.snapshot.work import FIXED, Layers, Work
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
 
 
@@ -88,6 +88,29 @@ class Leaving:
             memory=Memory.NONE if is_off else Memory.INTERNAL,
             places=_all_inside(found),
         )
+
+
+def with_left(
+    disks: tuple[model.DiskRef, ...], layers: Layers, left: planning.Plan
+) -> tuple[tuple[model.DiskRef, ...], Layers]:
+    """Have disks that do not go back go on in layers over what is kept of them."""
+    over = {
+        (backend, str(layer.backing)): (backend, layer)
+        for backend, layer in left.layers
+    }
+    going_on = [
+        over[ref.backend, ref.volume]
+        for ref in disks
+        if (ref.backend, ref.volume) in over
+    ]
+    tops = {(backend, str(each.backing)): each.name for backend, each in going_on}
+    refs = tuple(
+        msgspec.structs.replace(
+            ref, volume=tops.get((ref.backend, ref.volume), ref.volume)
+        )
+        for ref in disks
+    )
+    return refs, (*layers, *going_on)
 
 
 # Private

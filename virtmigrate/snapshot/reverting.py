@@ -14,8 +14,7 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, model, snapshottree
 from virtmigrate.model import Changing, VolumeState
 from virtmigrate.progress import Progress
-from virtmigrate.snapshot import firmware, memory, planning, rules
-from virtmigrate.snapshot.leaving import Leaving
+from virtmigrate.snapshot import firmware, leaving, memory, rules
 from virtmigrate.snapshot.terms import Return, Step
 from virtmigrate.snapshot.work import Layers, Work, new_operation
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
@@ -68,7 +67,7 @@ class Reverting:
     def __init__(self, work: Work, progress: Progress | None = None) -> None:
         self._work = work
         self._progress = progress or Progress()
-        self._leaving = Leaving(work)
+        self._leaving = leaving.Leaving(work)
 
     def plan(self, wanted: Return) -> Plan:
         """Return what would be done; SnapshotRefused, SnapshotNotFound."""
@@ -96,7 +95,7 @@ class Reverting:
         gone = self._gone(found, snapshot) if wanted.delete_children else ()
         kept = None
         if left is not None:
-            disks, layers = _with_left(disks, layers, left)
+            disks, layers = leaving.with_left(disks, layers, left)
             kept = self._kept(found, left.snapshot, gone)
         places = {each.place for each in snapshot.disks}
         return Plan(
@@ -357,29 +356,6 @@ class Reverting:
             work.states.start(work.uuid, paused=power == Taken.PAUSED.value)
         if power == Taken.RUNNING.value:
             work.states.unpause(work.uuid)
-
-
-def _with_left(
-    disks: tuple[model.DiskRef, ...], layers: Layers, left: planning.Plan
-) -> tuple[tuple[model.DiskRef, ...], Layers]:
-    """Have disks that do not go back go on in layers over what is kept of them."""
-    over = {
-        (backend, str(layer.backing)): (backend, layer)
-        for backend, layer in left.layers
-    }
-    going_on = [
-        over[ref.backend, ref.volume]
-        for ref in disks
-        if (ref.backend, ref.volume) in over
-    ]
-    tops = {(backend, str(each.backing)): each.name for backend, each in going_on}
-    refs = tuple(
-        msgspec.structs.replace(
-            ref, volume=tops.get((ref.backend, ref.volume), ref.volume)
-        )
-        for ref in disks
-    )
-    return refs, (*layers, *going_on)
 
 
 def _tree(found: model.Instance, plan: Plan) -> snapshottree.Snapshots:

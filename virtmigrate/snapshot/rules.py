@@ -81,7 +81,7 @@ def revert(places: Collection[Place], memory: Memory, taken: Taken) -> Verdict:
 def branch(places: Collection[Place]) -> Verdict:
     """Tell whether several states can go on from a snapshot beside each other."""
     if Place.INTERNAL in places:
-        return Verdict(True, "as a revert; what is to stay is kept inside first")
+        return Verdict(True, "as a revert; what is to stay is kept inside")
     if Place.OWN in places:
         return Verdict(True, "as a revert; what is to stay is kept by the backend")
     return Verdict(True, "a new layer beside those that stand on the same volume")
