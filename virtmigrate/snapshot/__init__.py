@@ -51,7 +51,7 @@ class Snapshots:
         self._here = here
         self._demand_no_move = demand_no_move
         self._told: set[str] = set()
-        """What the log has of slow chains already."""
+        """What the log has of chains already."""
 
     def all(self, uuid: str) -> tuple[snapshottree.Snapshots, str | None]:
         """Return an instance's snapshots, and the id of the current one."""
@@ -198,7 +198,8 @@ class Snapshots:
     def tend(self) -> list[str]:
         """Shorten chains that are too deep, as the options say; return what failed.
 
-        Chains that get slow are named in the log, once each time they grow.
+        Chains that get slow are named in the log, once each time they grow; so are
+        those that cannot be shortened as things are.
         """
         left = []
         for name in self._here.instances.names():
@@ -206,6 +207,9 @@ class Snapshots:
                 self._tend(name)
             except errors.InstanceBusy:
                 continue
+            except (errors.SnapshotRefused, errors.InvalidState) as e:
+                # It waits until its guest, or its move, is such that it can be done.
+                self._tell(str(e))
             except Exception as e:
                 LOG.exception("instance=%s its chains", name)
                 left.append(f"chains of {name}: {e}")
@@ -223,9 +227,12 @@ class Snapshots:
             if each.count > limit:
                 self._flatten(uuid, each.target, limit)
         for said in limits.slow(self._here, self._here.entitled(uuid)):
-            if said not in self._told:
-                LOG.warning("%s", said)
-                self._told.add(said)
+            self._tell(said)
+
+    def _tell(self, said: str) -> None:
+        if said not in self._told:
+            LOG.warning("%s", said)
+            self._told.add(said)
 
     def _flatten(self, uuid: str, target: str, limit: int) -> None:
         with self._work(uuid) as work:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from virtmigrate import domainstate, domainxml, errors, model, node, snapshottree
-from virtmigrate.backends import base
-from virtmigrate.formats import DiskFormat
+from virtmigrate.backends import base, making
 from virtmigrate.instance import Power
 from virtmigrate.model import Role, VolumeState
 from virtmigrate.snapshottree import Memory, Place, Snapshot, Taken
@@ -177,21 +176,15 @@ class Work:
     ) -> model.Volume:
         """Return the record of a layer that is to be made over a volume."""
         base_volume = self.own(ref.backend, below)
-        directory = base_volume.path.rpartition("/")[0]
         name = f"{prefix}-{ref.target}" if prefix else ref.target
-        name = f"{name}.{operation}"
-        return model.Volume(
-            name=name,
-            pool=base_volume.pool,
-            path=f"{directory}/{name}",
-            format=DiskFormat.QCOW2,
+        return making.layer_over(
+            base_volume,
+            f"{name}.{operation}",
             role=ref.role,
             size=base_volume.size,
-            state=VolumeState.INCOMPLETE,
             owner=self.uuid,
             operation=operation,
             origin=self.here.name,
-            backing=base_volume.name,
         )
 
     def make_layers(self, layers: Layers) -> None:
