@@ -104,7 +104,7 @@ class Merges(Domains):
             idle = 0 if job else idle + is_begun
             if not job and not is_begun:
                 with self._domain(uuid, f"flattening {target}") as domain:
-                    domain.blockRebase(target, base, 0, 0)
+                    _pull(domain, target, base)
                 is_begun = True
             self._follow_job(uuid, target, job, follower)
             time.sleep(wait)
@@ -219,6 +219,10 @@ def _commit(
 ) -> None:
     flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if is_active else 0
     domain.blockCommit(target, base, None if is_active else top, 0, flags)
+
+
+def _pull(domain: "libvirt.virDomain", target: str, base: str | None) -> None:
+    domain.blockRebase(target, base, 0, 0)
 
 
 def _pivot(domain: "libvirt.virDomain", target: str) -> None:

@@ -48,7 +48,8 @@ class Change:
     """Bytes that are written; snapshots that are taken, or gone back to; "paused" or
     "off"."""
     action: object
-    """A snapshot to be taken, or to be gone back to; or whose deletion is asked for."""
+    """A snapshot to be taken, or to be gone back to; or whose deletion is asked for;
+    the target of a disk that is to stand alone."""
     outcomes: tuple[Outcome, ...]
     """The old state, what may lie between, the new state."""
 
@@ -97,6 +98,14 @@ def deleted(name: str, state: str = "", **options: bool) -> Change:
         {"key": name, **options},
         (Outcome(tree, 4, power), Outcome(left, 4, power)),
     )
+
+
+def flattened(state: str = "") -> Change:
+    """Have the active layer stand alone; nothing else changes."""
+    power = {"": "running", "off": "shutoff"}[state]
+    outcome = Outcome({"a": 1, "b": 2}, 3, power)
+    before = (1, Wanted("a"), 2, Wanted("b"), 3, *filter(None, [state]))
+    return Change(before, "vda", (outcome,))
 
 
 def branched(wanted: Wanted, state: str = "") -> Change:
@@ -168,6 +177,8 @@ CHANGES = {
             Outcome({"a": 1, "kept": 3}, 1, "running"),
         ),
     ),
+    "flatten": flattened(),
+    "flatten-off": flattened("off"),
     "branch": branched(Wanted("b")),
     "branch-off": branched(Wanted("b"), "off"),
     "branch-memory": branched(outside("b")),
@@ -237,7 +248,7 @@ def do(world: World, instance: Any, step: object) -> None:
 def run_killed(
     world: World, instance: Any, action: object, point: int
 ) -> "subprocess.CompletedProcess[str]":
-    kinds = {Wanted: "create", Return: "revert", dict: "delete"}
+    kinds = {Wanted: "create", Return: "revert", dict: "delete", str: "flatten"}
     plan = {
         "node": settings(world.a),
         "instance": instance.uuid,
