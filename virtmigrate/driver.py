@@ -70,7 +70,8 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         self._source = source.Source(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self._source.demand_none)
         self._target = target.Target(self._node)
-        self.settle()
+        # What may take long waits for the first settling.
+        self._recover()
         if self._node.options.receiver:
             serving = self._target.actions()
             self._receiver = receiver.Receiver(self._node, actions=serving)
@@ -85,11 +86,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         Called at the start and every `settle_interval` seconds: peers come back,
         and debts are paid.
         """
-        left = self.node.agents.recover()
-        left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
-        left += [*self.images.tend(), *self.snapshots.finish()]
-        left += self.snapshots.tend()
-        return [*left, *self._source.recover(), *self._target.recover()]
+        return [*self._recover(), *self.snapshots.tend()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
         """Close all connections."""
@@ -118,3 +115,11 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
     ) -> None:
         """Call back, from a thread of ours, for each change of an instance's state."""
         self._events.start(callback, float(self.node.options.event_interval))
+
+    # Private
+
+    def _recover(self) -> list[str]:
+        left = self.node.agents.recover()
+        left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
+        left += [*self.images.tend(), *self.snapshots.finish()]
+        return [*left, *self._source.recover(), *self._target.recover()]
