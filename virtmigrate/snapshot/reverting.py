@@ -143,6 +143,8 @@ class Reverting:
         assert found.change is not None
         if found.change.kept is not None:
             self._leaving.undo(found.change.kept)
+        # Who takes it over must not look for layers that are gone.
+        self._work.foretell(found)
         self._work.drop_made(found.change.operation)
         self._work.publish(found, change=None)
 
