@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional.conftest import World
+from tests.functional.conftest import Node, World
 from tests.functional.guestdisk import byte, power, write
 from virtmigrate import consistency, domainstate, errors, model
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
@@ -149,10 +149,11 @@ MARK = 300 * KiB
 """Where nobody but these tests writes to the variables."""
 
 
-def variables(world: World, guest: Any) -> Path:
-    refs = world.a.driver.node.entitled(guest.uuid).disks
+def variables(world: World, guest: Any, node: Node | None = None) -> Path:
+    here = (node or world.a).driver.node
+    refs = here.entitled(guest.uuid).disks
     (ref,) = (each for each in refs if each.role is model.Role.NVRAM)
-    return Path(world.a.driver.node.files.disks.volume_path(ref.volume))
+    return Path(here.files.disks.volume_path(ref.volume))
 
 
 def mark(world: World, guest: Any, value: int) -> None:
@@ -162,8 +163,8 @@ def mark(world: World, guest: Any, value: int) -> None:
         file.write(bytes([value]))
 
 
-def marked(world: World, guest: Any) -> int:
-    return variables(world, guest).read_bytes()[MARK]
+def marked(world: World, guest: Any, node: Node | None = None) -> int:
+    return variables(world, guest, node).read_bytes()[MARK]
 
 
 @pytest.mark.parametrize("state", ["running", "paused", "off"])
