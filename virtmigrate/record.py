@@ -209,7 +209,8 @@ class Store(Generic[T]):
         """Make body the newest record of this name, if `after` is the newest now.
 
         Raises RecordConflict when somebody else published; the record is then
-        theirs.
+        theirs. DiskFull, or StorageError, when it could not be written whole: the one
+        before it counts.
         """
         for _ in range(_TRIES):
             generation = self._next(name, after)
