@@ -72,7 +72,8 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         self.live = LiveMigrations(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self.demand_at_rest)
         self._target = target.Target(self._node)
-        self.settle()
+        # What may take long waits for the first settling.
+        self._recover()
         if self._node.options.receiver:
             serving = {**self._target.actions(), **self.live.actions()}
             self._receiver = receiver.Receiver(self._node, actions=serving)
@@ -87,11 +88,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         Called at the start and every `settle_interval` seconds: peers come back,
         and debts are paid.
         """
-        left = self.node.agents.recover()
-        left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
-        left += [*self.images.tend(), *self.snapshots.finish()]
-        left += self.live.recover()
-        return [*left, *self._source.recover(), *self._target.recover()]
+        return [*self._recover(), *self.snapshots.tend()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
         """Close all connections."""
@@ -121,3 +118,12 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
     ) -> None:
         """Call back, from a thread of ours, for each change of an instance's state."""
         self._events.start(callback, float(self.node.options.event_interval))
+
+    # Private
+
+    def _recover(self) -> list[str]:
+        left = self.node.agents.recover()
+        left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
+        left += [*self.images.tend(), *self.snapshots.finish()]
+        left += self.live.recover()
+        return [*left, *self._source.recover(), *self._target.recover()]

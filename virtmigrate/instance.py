@@ -25,6 +25,9 @@ class Power(enum.Enum):
     CRASHED = "crashed"
 
 
+STAND_IN = "virtmigrate-merge-"
+"""How the names begin of domains without a guest, which work on a guest's layers."""
+
 _POWER = {
     libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
     libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
@@ -57,10 +60,11 @@ class Domains:
         self.host = host
 
     def all(self) -> list[tuple[str, str]]:
-        """Return (uuid, name) of every domain."""
+        """Return (uuid, name) of every domain; those that only stand in are none."""
         with self.host.session("listing domains") as session:
             domains = session.conn.listAllDomains(0)
-            return [(domain.UUIDString(), domain.name()) for domain in domains]
+            found = [(domain.UUIDString(), domain.name()) for domain in domains]
+        return [each for each in found if not each[1].startswith(STAND_IN)]
 
     def exists(self, uuid: str) -> bool:
         """Tell whether a domain of this UUID is defined or running."""

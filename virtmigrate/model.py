@@ -218,6 +218,8 @@ class Changing(enum.Enum):
     """States are being dropped; they are not to be gone back to any more."""
     TIDYING = "tidying up"
     """Layers that nobody needs are being merged or removed; the guest may run."""
+    FLATTENING = "flattening"
+    """The active layer of a disk gets what it stands on; the guest may run."""
 
 
 class Change(Struct, frozen=True):
@@ -234,6 +236,8 @@ class Change(Struct, frozen=True):
     """As they are to be."""
     snapshot: Snapshot | None = None
     """The one that is made, or reverted to."""
+    kept: Snapshot | None = None
+    """What a revert makes of what there was."""
     gone: tuple[str, ...] = ()
     """Ids that are deleted."""
     power: str = ""
@@ -243,7 +247,8 @@ class Change(Struct, frozen=True):
     configuration: bool = False
     """A revert brings the snapshot's configuration back, too."""
     layer: DiskRef | None = None
-    """The layer that is merged; its disk's target is "" where it is no disk's top."""
+    """The layer that is merged, or gets what it stands on; its disk's target is ""
+    where it is no disk's top."""
 
 
 class Instance(Struct, frozen=True):

@@ -52,6 +52,7 @@ _WHOLE = (
     model.Changing.RESUMING,
     model.Changing.DELETING,
     model.Changing.TIDYING,
+    model.Changing.FLATTENING,
 )
 """Changes that leave the disks what the domain's XML says all the time."""
 

@@ -77,6 +77,10 @@ class Progress:
             self._told = time.monotonic()
         self._tell()
 
+    def uncancelled(self) -> "Progress":
+        """Return one that is told of the same way, and cannot be cancelled."""
+        return Progress(self._listener, interval=self._interval)
+
     def report(self) -> Report:
         """Return where the work is."""
         seconds = time.monotonic() - self._began

@@ -9,6 +9,8 @@ a new layer says of the one below is written for people and their tools.
 The layout is that of docs/interop/qcow2.txt in QEMU.
 """
 
+from collections.abc import Iterator
+
 from virtmigrate.units import KiB, round_up
 
 HEADER = 104
@@ -57,28 +59,53 @@ def with_backing(head: bytes, path: str, fmt: str) -> bytes:
     fresh = head.startswith(_MAGIC + _VERSION_3) and not any(head[8:20])
     if not fresh or len(head) != CLUSTER:
         raise ValueError("it is no new qcow2 file")
-    end = _end_of_extensions(head)
-    added = _extension(_BACKING_FORMAT, fmt.encode()) + _extension(0, b"")
-    name, start = path.encode(), end + len(added)
-    if len(name) > _LONGEST or start + len(name) > CLUSTER:
-        raise ValueError(f"{path} is too long for the header of a layer")
-    where = start.to_bytes(8, "big") + len(name).to_bytes(4, "big")
-    written = head[:8] + where + head[20:end] + added + name
-    return written.ljust(CLUSTER, b"\0")
+    return _restated(head, path, fmt)
+
+
+def restated(head: bytes, path: str, fmt: str) -> bytes:
+    """Return the first cluster of a layer, with what it stands on now.
+
+    Nothing else of it changes: what is behind it is not looked at.
+
+    Arguments:
+        head: the first cluster of a qcow2 file that nobody has open.
+
+    Raises ValueError for a file of another version, or of other clusters than
+    qemu-img makes, and for a path that is too long.
+    """
+    is_ours = head.startswith(_MAGIC + _VERSION_3) and len(head) == CLUSTER
+    if not is_ours or 1 << int.from_bytes(head[20:24], "big") != CLUSTER:
+        raise ValueError(f"it is no qcow2 file of version 3 with clusters of {CLUSTER}")
+    return _restated(head, path, fmt)
 
 
 # Private
 
 
-def _end_of_extensions(head: bytes) -> int:
-    """Return where the extension stands that ends the list."""
+def _restated(head: bytes, path: str, fmt: str) -> bytes:
+    start = int.from_bytes(head[_LENGTH : _LENGTH + 4], "big")
+    kept = b"".join(
+        head[at:end] for kind, at, end in _extensions(head) if kind != _BACKING_FORMAT
+    )
+    listed = _extension(_BACKING_FORMAT, fmt.encode()) + kept + _extension(0, b"")
+    name, end = path.encode(), start + len(listed)
+    if len(name) > _LONGEST or end + len(name) > CLUSTER:
+        raise ValueError(f"{path} is too long for the header of a layer")
+    where = end.to_bytes(8, "big") + len(name).to_bytes(4, "big")
+    written = head[:8] + where + head[20:start] + listed + name
+    return written.ljust(CLUSTER, b"\0")
+
+
+def _extensions(head: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the kind of each extension, where it begins, and where it ends."""
     at = int.from_bytes(head[_LENGTH : _LENGTH + 4], "big")
     while any(head[at : at + 4]):
         length = int.from_bytes(head[at + 4 : at + 8], "big")
-        at += 8 + round_up(length, 8)
-        if at + 8 > len(head):
+        end = at + 8 + round_up(length, 8)
+        if end + 8 > len(head):
             raise ValueError("its header has no end")
-    return at
+        yield int.from_bytes(head[at : at + 4], "big"), at, end
+        at = end
 
 
 def _extension(kind: int, data: bytes) -> bytes:

@@ -14,6 +14,7 @@ leaves the older one. The same step is a compare-and-swap between hosts:
   so it publishes once more, with the next number, and that decides.
 """
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ _TRIES = 5
 """Times that a record is published again because its storage was slow."""
 
 _BLOCK = 4 * KiB
+_KEPT_BACK = 32 * MiB
+"""Bytes that may be free on storage that takes no more."""
 _SEAL = 67
 """Bytes of a record besides its head line and its payload: line ends and a digest."""
 
@@ -206,7 +209,8 @@ class Store(Generic[T]):
         """Make body the newest record of this name, if `after` is the newest now.
 
         Raises RecordConflict when somebody else published; the record is then
-        theirs.
+        theirs. DiskFull, or StorageError, when it could not be written whole: the one
+        before it counts.
         """
         for _ in range(_TRIES):
             generation = self._next(name, after)
@@ -338,10 +342,37 @@ class Store(Generic[T]):
             if data[_BLOCK:]:
                 self.pool.write(volume, data[_BLOCK:], offset=_BLOCK)
             self.pool.write(volume, data[:_BLOCK])
-            return self.pool.read(volume, limit=MAX_SIZE) == data
+            if self.pool.read(volume, limit=MAX_SIZE) == data:
+                return True
         except (errors.VolumeExists, errors.VolumeNotFound):
             # Somebody else made it, or passed over ours and pruned it.
             return False
+        except errors.NoSpace:
+            self._drop_torn(volume)
+            raise
+        self._drop_torn(volume)
+        raise self._torn(stored.name, len(data))
+
+    def _torn(self, name: str, length: int) -> errors.StorageError:
+        """Return why a record that we alone have made does not hold what we wrote.
+
+        libvirt says that an upload went well, also where the storage was full (9.0).
+        """
+        where = {"host": self.pool.host.name, "pool": self.pool.name}
+        room = self.pool.room()
+        reason = (
+            f"record {name} could not be written ({length} bytes, and {room.free} are "
+            "free). The one before it counts: make room, then do it again"
+        )
+        # What a file system keeps back for itself counts as free (ext4: 2 %, 5 %).
+        if room.free < max(room.capacity // 20, _KEPT_BACK):
+            return errors.DiskFull(**where, reason=reason)
+        return errors.StorageError(**where, reason=reason)
+
+    def _drop_torn(self, volume: str) -> None:
+        """Remove a generation of ours that is not whole: others would wait for it."""
+        with contextlib.suppress(errors.Error):
+            self.pool.delete(volume)
 
 
 def _volume(name: str, generation: int) -> str:

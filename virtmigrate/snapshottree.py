@@ -101,6 +101,11 @@ class Snapshot(Struct, frozen=True):
     memory_backend: str = ""
     memory_volume: str = ""
     description: str = ""
+    automatic: bool = False
+    """Nobody will ask for it: it may go where chains get too deep."""
+    variables_backend: str = ""
+    variables_volume: str = ""
+    """A copy of the firmware's variables, where it has some."""
 
 
 Snapshots = tuple[Snapshot, ...]
@@ -157,8 +162,12 @@ def volumes(snapshots: Snapshots, *places: Place) -> set[tuple[str, str]]:
 
 
 def memories(snapshots: Snapshots) -> set[tuple[str, str]]:
-    """Return (backend, volume) of the memory that they hold outside of disks."""
+    """Return (backend, volume) of the files that they hold outside of disks.
+
+    Of memory, and of the firmware's variables.
+    """
     found = {(each.memory_backend, each.memory_volume) for each in snapshots}
+    found |= {(each.variables_backend, each.variables_volume) for each in snapshots}
     return found - {("", "")}
 
 

@@ -248,6 +248,17 @@ class Pool(poolcalls.PoolCalls):
         xml.add(backing, "format", type=base_format)
         self._create(name, size, "qcow2", backing)
 
+    def restate(self, name: str, base_path: str, base_format: str) -> None:
+        """Have the header of a qcow2 layer that nobody has open name what it stands on.
+
+        For what libvirt does by qemu-img, which goes by it. Nothing is written where
+        it says so already. ValueError for a file that is no such layer.
+        """
+        head = self._head(name)
+        written = qcow2.restated(head, base_path, base_format)
+        if written != head:
+            self.write(name, written)
+
     def delete(self, name: str) -> None:
         """Delete the volume; nothing happens when it is gone already."""
         with contextlib.suppress(errors.VolumeNotFound):
@@ -368,7 +379,7 @@ class Pool(poolcalls.PoolCalls):
     # Private
 
     def _head(self, name: str) -> bytes:
-        """Return the first cluster of a qcow2 volume that was made just now."""
+        """Return the first cluster of a qcow2 volume."""
         return self._retry(
             f"reading {name}",
             lambda s, pool: wire.download(s, self._lookup(pool, name), qcow2.CLUSTER),

@@ -12,11 +12,13 @@ In this order, and each step can be done again:
 """
 
 import uuid as uuids
+from collections.abc import Iterator
 
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node
+from virtmigrate import domainxml, errors, model, node, storagepool
+from virtmigrate.backends import base
 from virtmigrate.instance import Power
 from virtmigrate.migration import trees
 from virtmigrate.migration.plan import NVRAM
@@ -178,6 +180,8 @@ def _placed(here: node.Node, found: model.Instance) -> model.Instance:
     )
     names = zip(found.disks, disks, strict=True)
     backends = {before.backend: now.backend for before, now in names}
+    detached = tuple(_detached(here, found))
+    change = found.change and trees.change_at_peer(found.change, backends)
     return msgspec.structs.replace(
         found,
         host=here.name,
@@ -185,10 +189,28 @@ def _placed(here: node.Node, found: model.Instance) -> model.Instance:
         operation=uuids.uuid4().hex[:16],
         disks=disks,
         snapshots=trees.at_peer(found.snapshots, {}, backends),
+        detached=detached,
+        change=change,
         peer=None,
         domain_xml=None,
         autostart=False,
     )
+
+
+def _detached(here: node.Node, found: model.Instance) -> Iterator[model.DiskRef]:
+    """Yield the disks that reverts took away, as far as they are seen from here."""
+    for ref in found.detached:
+        try:
+            name = _backend_of(here, found, ref)
+        except errors.TakeOverRefused:
+            LOG.warning(
+                "instance=%s volume=%s, which a revert detached, stays on %s",
+                found.uuid,
+                ref.volume,
+                found.host,
+            )
+            continue
+        yield msgspec.structs.replace(ref, backend=name)
 
 
 def _backend_of(here: node.Node, found: model.Instance, ref: model.DiskRef) -> str:
@@ -209,6 +231,8 @@ def _backend_of(here: node.Node, found: model.Instance, ref: model.DiskRef) -> s
 
 def _thaw(here: node.Node, wanted: model.Instance) -> None:
     """Have its disks usable: its old host may have died while it merged a layer."""
+    for name in {ref.backend for ref in wanted.disks}:
+        _rename_pools(here.backend(name), wanted.uuid)
     for ref in wanted.disks:
         backend = here.backend(ref.backend)
         found = backend.volumes.read(ref.volume).body
@@ -217,6 +241,21 @@ def _thaw(here: node.Node, wanted: model.Instance) -> None:
                 found, state=VolumeState.USABLE, digest=None
             )
             backend.update(usable)
+
+
+def _rename_pools(backend: base.Backend, uuid: str) -> None:
+    """Have records name the pools of this host: another may call the same otherwise."""
+    ours = {pool.name.rpartition("-")[2]: pool for pool in _pools(backend)}
+    for stored in list(backend.catalog.all(strict=True)):
+        volume = stored.body
+        pool = ours.get(volume.pool.rpartition("-")[2])
+        if volume.owner == uuid and pool is not None and pool.name != volume.pool:
+            moved = msgspec.structs.replace(volume, pool=pool.name)
+            backend.update(msgspec.structs.replace(moved, path=backend.path(moved)))
+
+
+def _pools(backend: base.Backend) -> tuple[storagepool.Pool, ...]:
+    return backend.incoming, backend.disks
 
 
 def _xml(here: node.Node, wanted: model.Instance) -> str:

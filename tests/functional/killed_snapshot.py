@@ -18,7 +18,7 @@ from tests.functional import killed
 from virtmigrate import domainstate, instance, merging, record, storagepool
 from virtmigrate.backends import making, rbd
 from virtmigrate.driver import VirtMigrateDriver
-from virtmigrate.snapshot import Return, Wanted
+from virtmigrate.snapshot import Return, Wanted, flattening
 
 POINTS: list[killed.Point] = [
     (record.Store, "publish"),
@@ -45,6 +45,7 @@ LASTING: list[killed.Point] = [
     (domainstate.States, "keep_inside"),
     (instance.Domains, "save_to"),
     (merging, "_commit"),
+    (merging, "_pull"),
 ]
 
 
@@ -55,6 +56,9 @@ def act(driver: VirtMigrateDriver, uuid: str, action: dict[str, Any]) -> None:
         snapshots.create(uuid, msgspec.convert(action["create"], Wanted))
     elif "revert" in action:
         snapshots.revert(uuid, msgspec.convert(action["revert"], Return))
+    elif "flatten" in action:
+        with snapshots._work(uuid) as work:
+            flattening.Flattening(work).pull(action["flatten"])
     else:
         snapshots.delete(uuid, **action["delete"])
 

@@ -132,6 +132,8 @@ SHARE = {
     r"test_sandbox_machine\.py": 0,
     r"test_snapshot_kills\.py": 6,
     r"test_snapshot_rbd\.py::test_killed": 2,
+    r"test_snapshot_branches\.py::test_a_failure": 3,
+    r"test_an_active_layer_comes_to_stand_alone": 2,
 }
 """How many tests `make test` takes of those that are slow; --full takes all."""
 

@@ -10,10 +10,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.functional import guestdisk, test_cli, test_snapshots
+from tests.functional import (
+    guestdisk,
+    test_cli,
+    test_snapshot_findings,
+    test_snapshot_limits,
+    test_snapshots,
+)
 from tests.functional.conftest import World
+from virtmigrate import merging
 from virtmigrate.cli import main
-from virtmigrate.units import MiB
+from virtmigrate.units import KiB, MiB
 
 DONE, FAILED = range(2)
 
@@ -30,6 +37,10 @@ class Snapshot:
         self._file = file
         file.write_text(test_cli.configuration(world))
 
+    def configure(self, line: str) -> None:
+        text = self._file.read_text()
+        self._file.write_text(text.replace("[local]", f"{line}\n[local]"))
+
     def run(self, verb: str, *words: str, code: int = DONE) -> tuple[str, str]:
         options = ["--config-file", str(self._file)]
         argv = [*options, "snapshot", verb, self.instance.name, *words]
@@ -37,6 +48,11 @@ class Snapshot:
         said = self._capsys.readouterr()
         assert found == code, said.out + said.err
         return said.out, said.err
+
+    def settle(self) -> None:
+        argv = ["--config-file", str(self._file), "host", "settle", "-f", "json"]
+        assert main.main(argv) == DONE
+        self._capsys.readouterr()
 
     def json(self, verb: str, *words: str) -> Any:
         return json.loads(self.run(verb, *words, "-f", "json")[0])
@@ -234,3 +250,44 @@ def set_owner(world: World, instance: Any, owner: str) -> None:
     here = world.a.driver.node
     found = here.entitled(instance.uuid)
     here.publish_instance(msgspec.structs.replace(found, owner=owner))
+
+
+def test_disks_that_were_detached(world: World, command: Snapshot) -> None:
+    command.instance = test_snapshot_findings.with_detached(world)
+    override = "--unmanaged-override"
+    (row,) = command.json("detached")
+    assert (row["target"], row["backend"]) == ("vdb", "local")
+    said = command.run("detached", "--remove", "vdz", override, code=FAILED)[1]
+    assert "vdz names 0 of the disks" in said
+    assert command.json("detached", "--remove", row["volume"], override) == []
+    assert command.json("detached") == []
+    assert not [name for name in world.a.files() if row["volume"] in name]
+
+
+def test_a_slow_chain_is_named_and_made_shorter(command: Snapshot) -> None:
+    command.write(1)
+    command.run("create", "s1")
+    assert "warn_chain" not in command.run("list")[1]
+    command.configure("warn_chain = 2")
+    said = command.run("create", "s2", "--automatic", "-f", "json")[1]
+    assert "vda stands on 3 layers" in said
+    assert "vda stands on 3 layers" in command.run("list")[1]
+    assert command.json("show", "s2")["automatic"] is True
+    command.configure("flatten_chain = 2")
+    command.settle()
+    assert [row["name"] for row in command.json("list")] == ["s1"]
+    assert command.byte == 1
+
+
+def test_deleting_shows_how_far_it_is(
+    command: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.write(1)
+    command.run("create", "s1")
+    for offset in range(8):
+        guestdisk.write(command.world.a, command.instance, 2, offset * 512 * KiB)
+    monkeypatch.setattr(merging, "_commit", test_snapshot_limits.slowly)
+    said = command.run("delete", "s1")[1]
+    assert "merging a layer of vda: " in said
+    assert " of " in said
+    assert "deleting" in said

@@ -48,7 +48,8 @@ class Change:
     """Bytes that are written; snapshots that are taken, or gone back to; "paused" or
     "off"."""
     action: object
-    """A snapshot to be taken, or to be gone back to; or whose deletion is asked for."""
+    """A snapshot to be taken, or to be gone back to; or whose deletion is asked for;
+    the target of a disk that is to stand alone."""
     outcomes: tuple[Outcome, ...]
     """The old state, what may lie between, the new state."""
 
@@ -96,6 +97,29 @@ def deleted(name: str, state: str = "", **options: bool) -> Change:
         (1, Wanted("a"), 2, Wanted("b"), 3, Wanted("c"), 4, *filter(None, [state])),
         {"key": name, **options},
         (Outcome(tree, 4, power), Outcome(left, 4, power)),
+    )
+
+
+def flattened(state: str = "") -> Change:
+    """Have the active layer stand alone; nothing else changes."""
+    power = {"": "running", "off": "shutoff"}[state]
+    outcome = Outcome({"a": 1, "b": 2}, 3, power)
+    before = (1, Wanted("a"), 2, Wanted("b"), 3, *filter(None, [state]))
+    return Change(before, "vda", (outcome,))
+
+
+def branched(wanted: Wanted, state: str = "") -> Change:
+    """Go on from one beside what there is, which is kept: both, or neither."""
+    power = {"": "running", "off": "shutoff"}.get(state, state)
+    tree = {"a": 1, wanted.name: 2}
+    then = "running" if wanted.kind is Kind.CHECKPOINT else power
+    return Change(
+        (1, Wanted("a"), 2, wanted, 3, *filter(None, [state])),
+        Return(wanted.name, keep="kept"),
+        (
+            Outcome(tree, 3, power),
+            Outcome({**tree, "kept": 3}, 2, then),
+        ),
     )
 
 
@@ -150,9 +174,22 @@ CHANGES = {
         Return("a", keep="kept", delete_children=True),
         (
             Outcome({"a": 1, "b": 2}, 3, "running"),
-            Outcome({"a": 1}, 3, "running"),
-            Outcome({"a": 1, "kept": 3}, 3, "running"),
             Outcome({"a": 1, "kept": 3}, 1, "running"),
+        ),
+    ),
+    "flatten": flattened(),
+    "flatten-off": flattened("off"),
+    "branch": branched(Wanted("b")),
+    "branch-off": branched(Wanted("b"), "off"),
+    "branch-memory": branched(outside("b")),
+    "branch-inside": branched(inside("b")),
+    "branch-inside-paused": branched(inside("b"), "paused"),
+    "branch-inside-off": Change(
+        (1, Wanted("a"), 2, "off", INSIDE_OFF, "on", 3, "off"),
+        Return("b", keep="kept"),
+        (
+            Outcome({"a": 1, "b": 2}, 3, "shutoff"),
+            Outcome({"a": 1, "b": 2, "kept": 3}, 2, "shutoff"),
         ),
     ),
 }
@@ -202,6 +239,8 @@ def do(world: World, instance: Any, step: object) -> None:
         snapshots.create(instance.uuid, step)
     elif isinstance(step, Return):
         snapshots.revert(instance.uuid, step)
+    elif step == "on":
+        world.a.driver.power_on(None, instance, None)
     else:
         guestdisk.power(world.a, instance, str(step))
 
@@ -209,7 +248,7 @@ def do(world: World, instance: Any, step: object) -> None:
 def run_killed(
     world: World, instance: Any, action: object, point: int
 ) -> "subprocess.CompletedProcess[str]":
-    kinds = {Wanted: "create", Return: "revert", dict: "delete"}
+    kinds = {Wanted: "create", Return: "revert", dict: "delete", str: "flatten"}
     plan = {
         "node": settings(world.a),
         "instance": instance.uuid,

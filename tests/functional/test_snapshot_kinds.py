@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.functional.conftest import World
+from tests.functional.conftest import Node, World
 from tests.functional.guestdisk import byte, power, write
-from virtmigrate import consistency, errors
+from virtmigrate import consistency, domainstate, errors, model
 from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
-from virtmigrate.units import MiB
+from virtmigrate.units import KiB, MiB
 
 
 def two_disks(world: World) -> Any:
@@ -104,9 +104,8 @@ def test_a_clone_of_an_image(world: World) -> None:
     assert consistency.check(a.driver.node) == []
 
 
-def test_firmware_variables_and_a_config_drive(world: World) -> None:
-    """No snapshot freezes them, and none loses them."""
-    a, snapshots = world.a, world.a.driver.snapshots
+def with_firmware(world: World) -> Any:
+    """An instance with UEFI variables, and a config drive."""
     firmware = Path("/usr/share/OVMF")
     guest = world.instance()
     guest.config_drive_path = str(world.image(MiB, seed=7))
@@ -116,7 +115,14 @@ def test_firmware_variables_and_a_config_drive(world: World) -> None:
         "loader": str(firmware / "OVMF_CODE_4M.fd"),
         "nvram_template": str(firmware / "OVMF_VARS_4M.fd"),
     }
-    a.driver.spawn(None, guest, meta)
+    world.a.driver.spawn(None, guest, meta)
+    return guest
+
+
+def test_firmware_variables_and_a_config_drive(world: World) -> None:
+    """No snapshot freezes them, and none loses them."""
+    a, snapshots = world.a, world.a.driver.snapshots
+    guest = with_firmware(world)
     refs = a.driver.node.entitled(guest.uuid).disks
     assert len(refs) == 3
     write(a, guest, 1)
@@ -137,3 +143,107 @@ def test_firmware_variables_and_a_config_drive(world: World) -> None:
     assert consistency.check(a.driver.node) == []
     a.driver.destroy(None, guest, None)
     assert a.files() == []
+
+
+MARK = 300 * KiB
+"""Where nobody but these tests writes to the variables."""
+
+
+def variables(world: World, guest: Any, node: Node | None = None) -> Path:
+    here = (node or world.a).driver.node
+    refs = here.entitled(guest.uuid).disks
+    (ref,) = (each for each in refs if each.role is model.Role.NVRAM)
+    return Path(here.files.disks.volume_path(ref.volume))
+
+
+def mark(world: World, guest: Any, value: int) -> None:
+    """Change the variables, as the firmware would in the file."""
+    with variables(world, guest).open("r+b") as file:
+        file.seek(MARK)
+        file.write(bytes([value]))
+
+
+def marked(world: World, guest: Any, node: Node | None = None) -> int:
+    return variables(world, guest, node).read_bytes()[MARK]
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "off"])
+def test_firmware_variables_come_back_with_a_checkpoint(
+    world: World, state: str
+) -> None:
+    """With a disk snapshot only if the configuration is asked for."""
+    a, snapshots, guest = world.a, world.a.driver.snapshots, with_firmware(world)
+    power(a, guest, state)
+    mark(world, guest, 1)
+    snapshots.create(guest.uuid, Wanted("disk"))
+    mark(world, guest, 2)
+    snapshots.create(guest.uuid, Wanted("all", Kind.CHECKPOINT))
+    assert a.state_of(guest) == {"off": "shutoff"}.get(state, state)
+    mark(world, guest, 3)
+    snapshots.revert(guest.uuid, Return("disk", keep="kept", power="off"))
+    assert marked(world, guest) == 3
+    snapshots.revert(guest.uuid, Return("all", power="off"))
+    assert marked(world, guest) == 2
+    back = Return("disk", configuration=True, power="off")
+    snapshots.revert(guest.uuid, back)
+    assert marked(world, guest) == 1
+    snapshots.revert(guest.uuid, Return("kept", configuration=True, power="off"))
+    assert marked(world, guest) == 3
+    for name in ("disk", "all", "kept"):
+        snapshots.delete(guest.uuid, name)
+    assert not [name for name in a.files() if "/variables." in name]
+    assert consistency.check(a.driver.node) == []
+    a.driver.power_on(None, guest, None)
+    assert a.state_of(guest) == "running"
+
+
+def test_firmware_variables_come_back_with_memory(world: World) -> None:
+    """QEMU has them there, and writes them; without it the copy does."""
+    a, snapshots, guest = world.a, world.a.driver.snapshots, with_firmware(world)
+    power(a, guest, "paused")
+    snapshots.create(guest.uuid, Wanted("all", Kind.CHECKPOINT, Memory.EXTERNAL))
+    then = variables(world, guest).read_bytes()
+    mark(world, guest, 3)
+    snapshots.revert(guest.uuid, Return("all", power="off"))
+    assert variables(world, guest).read_bytes() == then
+    mark(world, guest, 4)
+    snapshots.revert(guest.uuid, Return("all"))
+    assert a.state_of(guest) == "paused"
+    a.driver.unpause(guest)
+    assert marked(world, guest) == then[MARK]
+
+
+def test_firmware_variables_that_change_beside_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no copy of another moment; the memory has them."""
+    a, snapshots, guest = world.a, world.a.driver.snapshots, with_firmware(world)
+    power(a, guest, "paused")
+    freeze = domainstate.States.freeze
+
+    def freezing(*args: Any) -> None:
+        freeze(*args)
+        mark(world, guest, 9)
+
+    monkeypatch.setattr(domainstate.States, "freeze", freezing)
+    snapshots.create(guest.uuid, Wanted("all", Kind.CHECKPOINT, Memory.EXTERNAL))
+    (made,), _ = snapshots.all(guest.uuid)
+    assert (made.variables_volume, made.variables_backend) == ("", "")
+    assert not [name for name in a.files() if "/variables." in name]
+    snapshots.revert(guest.uuid, Return("all", power="off"))
+    assert marked(world, guest) == 9
+    assert consistency.check(a.driver.node) == []
+
+
+def test_lost_firmware_variables_are_seen_before_the_guest_is_killed(
+    world: World,
+) -> None:
+    a, snapshots, guest = world.a, world.a.driver.snapshots, with_firmware(world)
+    snapshots.create(guest.uuid, Wanted("all", Kind.CHECKPOINT))
+    (made,), _ = snapshots.all(guest.uuid)
+    a.driver.node.files.disks.delete(made.variables_volume)
+    with pytest.raises(errors.SnapshotRefused, match="no-configuration"):
+        snapshots.revert(guest.uuid, Return("all"))
+    assert a.state_of(guest) == "running"
+    snapshots.revert(guest.uuid, Return("all", configuration=False))
+    assert a.state_of(guest) == "running"

@@ -9,6 +9,7 @@ import pytest
 from sandbox import guest as guests
 from tests.functional.conftest import Node, World
 from tests.functional.guestdisk import write
+from tests.functional.test_snapshot_kinds import mark, marked, with_firmware
 from tests.functional.test_snapshots import wait_for_beats
 from virtmigrate import consistency, errors, mailbox
 from virtmigrate.journal import Journal
@@ -226,3 +227,21 @@ def test_a_layer_of_a_move_waits_for_a_change(
     assert b.driver.settle() == []
     assert operation not in b.driver.node.mailbox.transfers.names()
     assert b.state_of(instance) == "running"
+
+
+def test_firmware_variables_of_a_snapshot_move(world: World) -> None:
+    a, b, guest = world.a, world.b, with_firmware(world)
+    a.driver.power_off(guest)
+    mark(world, guest, 2)
+    a.driver.snapshots.create(guest.uuid, Wanted("all", Kind.CHECKPOINT))
+    mark(world, guest, 3)
+    world.finish(guest, world.migrate(guest))
+    world.confirm(guest)
+    assert a.driver.settle() == b.driver.settle() == []
+    assert a.files() == []
+    assert marked(world, guest, b) == 3
+    b.driver.snapshots.revert(guest.uuid, Return("all"))
+    assert marked(world, guest, b) == 2
+    b.driver.snapshots.delete(guest.uuid, "all")
+    assert not [name for name in b.files() if "variables" in name]
+    assert consistency.check(b.driver.node) == []

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshots of instances whose disks several hosts see, when their host dies."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import sandbox
 from sandbox.ceph import Ceph
-from tests.functional.sides import Kinds
+from tests.functional import places
+from tests.functional.sides import Kinds, Side
 from tests.functional.test_tenures import hosts, kill_guests, made, put, tenure
-from virtmigrate import domainstate, merging
+from virtmigrate import domainstate, merging, model
 from virtmigrate.snapshot import Return, Snapshots, Wanted, creation, reverting
 from virtmigrate.snapshot.work import Work
 
@@ -159,3 +162,70 @@ def test_who_takes_it_over_has_its_snapshots(kinds: Kinds) -> None:
         assert first(kinds, instance) == number
     ends(kinds, instance)
     assert not [name for name in kinds.b.volumes() if "vda" in name]
+
+
+def test_it_dies_while_a_failed_snapshot_is_undone(files: Kinds) -> None:
+    """Who takes it over looks for no layers that are gone."""
+    instance = files.spawn()
+    uuid = instance.uuid
+    put(files.a, 1)
+    drop = Work.drop_made
+
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def dying(work: Work, operation: str) -> None:
+        drop(work, operation)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(domainstate.States, "freeze", fails)
+        patch.setattr(Work, "drop_made", dying)
+        files.a.driver.snapshots.create(uuid, Wanted("s"))
+    kill_guests(files.a)
+    there = taken_over(files, instance)
+    assert first(files, instance) == 1
+    assert there.all(uuid) == ((), None)
+    ends(files, instance)
+
+
+@pytest.fixture
+def named(
+    hosts: tuple[sandbox.Host, sandbox.Host],
+    tmp_path: Path,
+    cluster: Callable[[], Ceph],
+) -> Iterator[Kinds]:
+    """Each host calls what both have by a name of its own."""
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for side, host in zip("ab", hosts, strict=True):
+            where = tmp_path / side
+            place = places.PLACES["shared_dir"](host, "tenures", where, cluster)
+            values = stack.enter_context(place)
+            sides.append(Side(host, where, values, f"its{side}"))
+            stack.callback(sides[-1].close)
+        yield Kinds(sides[0], sides[1], tmp_path)
+
+
+def test_what_is_left_open_is_finished_by_its_own_names(named: Kinds) -> None:
+    instance, a = named.spawn(), named.a
+    snapshots, uuid = a.driver.snapshots, instance.uuid
+    put(a, 1)
+    snapshots.create(uuid, Wanted("s1"))
+    put(a, 2)
+    here = a.driver.node
+    gone = model.DiskRef(
+        target="vdx", volume="nowhere", backend="files", role=model.Role.DATA
+    )
+    found = msgspec.structs.replace(here.entitled(uuid), detached=(gone,))
+    here.publish_instance(found)
+    here.tenures.amend(found)
+    at = (merging, "_pivot")
+    dies(named, instance, at, lambda: snapshots.delete(uuid, "s1"), before=True)
+    there = taken_over(named, instance)
+    record = named.b.driver.node.entitled(uuid)
+    assert {ref.backend for ref in record.disks} == {"itsb"}
+    assert (record.change, record.detached) == (None, ())
+    assert there.all(uuid) == ((), None)
+    assert first(named, instance) in (2, 7)
+    ends(named, instance)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from virtmigrate import merging
+from virtmigrate import errors, merging, progress
 
 
 class Stuck(merging.Merges):
@@ -47,3 +47,39 @@ def test_one_that_is_never_over_ends(
     # It waited each time, and nobody was told twice.
     assert len(waits) == merging._READY
     assert len(told) == (0 if is_writing else 1)
+
+
+class Busy(merging.Merges):
+    """Its job is half done, and is ended when that is asked for."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[str, int]] = []
+
+    def _chain(self, uuid: str, target: str) -> list[str]:
+        return ["top", "middle", "base"]
+
+    def _job_of(self, uuid: str, target: str) -> dict[str, int]:
+        return {"cur": 1, "end": 2}
+
+    @contextlib.contextmanager
+    def _domain(self, *_: object, **__: object) -> Iterator[Any]:
+        yield self
+
+    def blockJobAbort(self, target: str, flags: int) -> None:
+        self.ended.append((target, flags))
+
+
+@pytest.mark.parametrize("what", ["merge", "pull"])
+def test_one_that_is_cancelled_is_ended(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, mine = Busy(), progress.Progress()
+    monkeypatch.setattr("time.sleep", lambda _: mine.cancel())
+    with pytest.raises(errors.Cancelled):
+        if what == "merge":
+            busy.merge("uuid", "vda", "middle", "base", progress=mine)
+        else:
+            busy.pull("uuid", "vda", "top", None, mine)
+    assert busy.ended == [("vda", 0)]
+    report = mine.report()
+    assert (report.done, report.total) == (1, 2)

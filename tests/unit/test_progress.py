@@ -78,3 +78,15 @@ def test_cancelled_by_the_listener(clock: Clock) -> None:
 
 def test_cancel_is_no_failure() -> None:
     assert not issubclass(errors.Cancelled, errors.Error)
+
+
+def test_what_goes_on_when_it_is_too_late_to_cancel() -> None:
+    told: list[progress.Report] = []
+    mine = progress.Progress(told.append)
+    mine.cancel()
+    going_on = mine.uncancelled()
+    going_on.phase("merging", MiB)
+    going_on.advance(MiB)
+    assert told[-1].phase == "merging"
+    with pytest.raises(errors.Cancelled):
+        mine.check()

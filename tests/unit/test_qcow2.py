@@ -162,3 +162,43 @@ def information(layer: Path) -> dict[str, Any]:
     said = subprocess.run(argv, check=True, timeout=60, capture_output=True).stdout
     found: dict[str, Any] = json.loads(said)
     return found
+
+
+def backing_of(path: Path) -> tuple[str, str]:
+    argv = ["qemu-img", "info", "-U", "--output=json", "-f", "qcow2", str(path)]
+    said = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30)
+    found = json.loads(said.stdout)
+    return found["full-backing-filename"], found["backing-filename-format"]
+
+
+def test_a_layer_that_was_written_to_names_another_base(tmp_path: Path) -> None:
+    """All else of it stays: what it holds, and what QEMU finds wrong with it."""
+    layer, old, new = (tmp_path / name for name in ("layer", "old", "new" * 60))
+    for raw in (old, new):
+        raw.write_bytes(bytes(MiB))
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b"]
+    subprocess.run([*argv, str(old), str(layer)], check=True, timeout=30)
+    order = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 64k 64k", str(layer)]
+    subprocess.run(order, check=True, capture_output=True, timeout=30)
+    data = layer.read_bytes()
+    head = data[: qcow2.CLUSTER]
+    written = qcow2.restated(head, str(new), "raw")
+    assert qcow2.restated(written, str(new), "raw") == written
+    layer.write_bytes(written + data[qcow2.CLUSTER :])
+    assert backing_of(layer) == (str(new), "raw")
+    check = ["qemu-io", "-f", "qcow2", "-c", "read -P 7 64k 64k", str(layer)]
+    said = subprocess.run(check, check=True, capture_output=True, timeout=30)
+    assert b"Pattern verification failed" not in said.stdout
+    subprocess.run(["qemu-img", "check", "-q", str(layer)], check=True, timeout=30)
+    back = qcow2.restated(written, str(old), "raw")
+    assert back == head
+
+
+def test_only_headers_as_qemu_img_makes_them_are_written() -> None:
+    other = header(version=2).ljust(qcow2.CLUSTER, b"\0")
+    for head in (other, b"", header()):
+        with pytest.raises(ValueError, match="no qcow2 file of version 3"):
+            qcow2.restated(head, "/x", "raw")
+    whole = header().ljust(qcow2.CLUSTER, b"\0")
+    with pytest.raises(ValueError, match="too long"):
+        qcow2.restated(whole, "/" + "x" * 1023, "raw")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from virtmigrate import errors, model, record, storagepool
 from virtmigrate.backends import catalog
+from virtmigrate.units import GiB
 
 GRACE = 10.0
 SECONDS = 30  # until a test that hangs fails
@@ -50,6 +51,10 @@ class FakePool:
         self.calls: list[tuple[str, str]] = []
         self.before: Callable[[str, str], object] = lambda call, volume: None
         self.stays: int | None = None
+        self.free = 0
+
+    def room(self) -> storagepool.Room:
+        return storagepool.Room(capacity=2 * self.free, free=self.free)
 
     def names(self) -> list[str]:
         self._called("names", "")
@@ -364,12 +369,18 @@ def test_follow_that_took_long(
     assert store.read("x").body.text == "two"
 
 
-def test_publish_that_is_torn(pool: FakePool, store: record.Store[Body]) -> None:
+@pytest.mark.parametrize("free", [0, GiB], ids=["full", "not full"])
+def test_publish_that_is_torn(
+    pool: FakePool, store: record.Store[Body], free: int
+) -> None:
+    """Nobody else was there; and what did not become one is not waited for."""
     published(store, 1)
-    pool.stays = 30
-    with pytest.raises(errors.RecordConflict):
+    pool.stays, pool.free = 30, free
+    with pytest.raises(errors.StorageError, match="could not be written") as caught:
         store.publish("vol", Body(text="torn"), after=1)
+    assert isinstance(caught.value, errors.DiskFull) is (free == 0)
     assert store.read("vol").generation == 1
+    assert list(pool.volumes) == ["vol.rec.1"]
 
 
 def test_dead_publisher_is_passed_over(

@@ -44,6 +44,7 @@ class LvmBackend(base.Backend):
         streams=True,
         thick=True,
         files=False,
+        nested=False,
     )
     cloning: Mapping[str, terms.Clones] = {
         "auto": terms.Clones.COPY,

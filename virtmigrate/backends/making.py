@@ -251,6 +251,33 @@ class Making(Access):
         )
 
 
+def layer_over(
+    below: model.Volume,
+    name: str,
+    *,
+    role: model.Role,
+    size: int,
+    owner: str,
+    operation: str,
+    origin: str,
+) -> model.Volume:
+    """Return the record of a qcow2 layer that is to be made beside a volume."""
+    directory = below.path.rpartition("/")[0]
+    return model.Volume(
+        name=name,
+        pool=below.pool,
+        path=f"{directory}/{name}",
+        format=DiskFormat.QCOW2,
+        state=model.VolumeState.INCOMPLETE,
+        backing=below.name,
+        role=role,
+        size=size,
+        owner=owner,
+        operation=operation,
+        origin=origin,
+    )
+
+
 def is_image(volume: model.Volume) -> bool:
     """Tell whether a volume is one that disks are made of."""
     return volume.role is model.Role.IMAGE

@@ -58,6 +58,8 @@ class Capabilities:
     locks: Reach = Reach.HOST
     fences: bool = False
     """It can say who has a volume open, and refuse what they write from then on."""
+    nested: bool = True
+    """It keeps states also of a volume that shares the blocks of another (`parent`)."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from virtmigrate import node, peers, progress, snapshot, snapshottree
 from virtmigrate.cli import command, display, instances, snapshots, tree
 from virtmigrate.instance import Power
 from virtmigrate.migration import source
-from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted
+from virtmigrate.snapshot import Kind, Memory, Place, Return, Wanted, limits
 from virtmigrate.snapshottree import Taken
 
 LOG = logging.getLogger(__name__)
@@ -50,7 +50,10 @@ class List(_Tree):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         with self.open() as session:
-            record = instances.find(session.look(), parsed_args.instance)
+            here = session.look()
+            record = instances.find(here, parsed_args.instance)
+            for said in limits.slow(here, record):
+                LOG.warning("%s", said)
         return self.tree(parsed_args, record.snapshots, record.current)
 
 
@@ -166,6 +169,11 @@ class Create(_Change):
             help="have the guest's agent freeze the file systems, or fail",
         )
         parser.add_argument("--description", default="", metavar="TEXT")
+        parser.add_argument(
+            "--automatic",
+            action="store_true",
+            help="it may be deleted where chains get too deep (flatten_chain)",
+        )
         _add_layer(parser)
         parser.add_argument(
             "--timeout",
@@ -201,7 +209,7 @@ class Revert(_Change):
             "--keep",
             default="",
             metavar="NAME",
-            help="first take a disk snapshot of what there is now",
+            help="make a snapshot of what there is now, in the same step",
         )
         _add_return(parser)
 
@@ -222,8 +230,8 @@ class Revert(_Change):
 class Branch(Revert):
     """Go on from a snapshot beside what was taken after it, and show the tree.
 
-    It is a revert that loses nothing: of what there is now a disk snapshot is taken
-    first, to go back to.
+    It is a revert that loses nothing: what there is now becomes a snapshot in the same
+    step, to go back to.
     """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -265,7 +273,9 @@ class Delete(_Change):
         )
 
     def change(self, task: _Task, work: progress.Progress) -> None:
-        task.known.delete(task.uuid, task.args.snapshot, **doomed(task.args))
+        task.known.delete(
+            task.uuid, task.args.snapshot, **doomed(task.args), progress=work
+        )
 
 
 def placed(text: str) -> tuple[str, Place]:
@@ -296,6 +306,7 @@ def wanted(args: argparse.Namespace, power: Power) -> Wanted:
         quiesce=args.quiesce,
         layer=args.layer,
         description=args.description,
+        automatic=args.automatic,
         by=getpass.getuser(),
         timeout=args.timeout,
     )

@@ -53,6 +53,7 @@ def everything(here: node.Node, record: model.Instance, key: str) -> dict[str, A
         "name": found.name,
         "id": found.id,
         "description": found.description,
+        "automatic": found.automatic,
         "kind": found.kind.value,
         "disks": _Disks([_disk(here, each) for each in found.disks]),
         "memory": found.memory.value,

@@ -38,7 +38,8 @@
     │   ├── TakeOverRefused
     │   ├── SnapshotError
     │   │   ├── SnapshotNotFound, SnapshotExists
-    │   │   └── SnapshotRefused, SnapshotFailed
+    │   │   ├── SnapshotRefused, SnapshotFailed, SnapshotUndecided
+    │   │   └── SnapshotPutOff
     │   └── OwnedElsewhere
     ├── TransferError
     │   ├── ShortTransfer, SourceChanged, SourceUnreadable
@@ -111,7 +112,9 @@ from virtmigrate.errors.snapshots import SnapshotError as SnapshotError
 from virtmigrate.errors.snapshots import SnapshotExists as SnapshotExists
 from virtmigrate.errors.snapshots import SnapshotFailed as SnapshotFailed
 from virtmigrate.errors.snapshots import SnapshotNotFound as SnapshotNotFound
+from virtmigrate.errors.snapshots import SnapshotPutOff as SnapshotPutOff
 from virtmigrate.errors.snapshots import SnapshotRefused as SnapshotRefused
+from virtmigrate.errors.snapshots import SnapshotUndecided as SnapshotUndecided
 from virtmigrate.errors.storage import DiskFull as DiskFull
 from virtmigrate.errors.storage import JournalBroken as JournalBroken
 from virtmigrate.errors.storage import LayoutRefused as LayoutRefused

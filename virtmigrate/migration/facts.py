@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from virtmigrate import errors, model, node
-from virtmigrate.backends import base
+from virtmigrate.backends import base, making
 from virtmigrate.formats import DiskFormat
 from virtmigrate.journal import Journal
 from virtmigrate.migration import trees
@@ -100,17 +100,12 @@ def overlay_volume(
     transfer: model.Transfer,
     origin: str,
 ) -> model.Volume:
-    path = below.path.rpartition("/")[0]
-    return model.Volume(
-        name=volume.name,
-        pool=below.pool,
-        path=f"{path}/{volume.name}",
-        format=DiskFormat.QCOW2,
+    return making.layer_over(
+        below,
+        volume.name,
         role=volume.role,
         size=volume.size,
-        state=VolumeState.INCOMPLETE,
         owner=transfer.instance,
         operation=transfer.operation,
         origin=origin,
-        backing=below.name,
     )

@@ -19,13 +19,23 @@ Named = Mapping[tuple[str, str], tuple[str, str]]
 
 
 def memories(record: model.Instance) -> Iterator[model.DiskRef]:
-    """Yield the files of memory of an instance, as disks with names of their own."""
+    """Yield the files that snapshots have beside disks, under names of their own.
+
+    Those of memory, and copies of the firmware's variables.
+    """
     for each in record.snapshots:
         if each.memory_volume:
             yield model.DiskRef(
                 target=f"memory-{each.id}",
                 volume=each.memory_volume,
                 backend=each.memory_backend,
+                role=Role.MEMORY,
+            )
+        if each.variables_volume:
+            yield model.DiskRef(
+                target=f"variables-{each.id}",
+                volume=each.variables_volume,
+                backend=each.variables_backend,
                 role=Role.MEMORY,
             )
 
@@ -60,6 +70,24 @@ def at_peer(
         backends: by name, what the peer calls those that both see.
     """
     return tuple(_at_peer(each, named, backends) for each in snapshots)
+
+
+def change_at_peer(change: model.Change, backends: Mapping[str, str]) -> model.Change:
+    """Return a change that is not finished as who takes it over goes on with it."""
+
+    def there(ref: model.DiskRef) -> model.DiskRef:
+        name = backends.get(ref.backend, ref.backend)
+        return msgspec.structs.replace(ref, backend=name)
+
+    snapshot = change.snapshot and _at_peer(change.snapshot, {}, backends)
+    kept = change.kept and _at_peer(change.kept, {}, backends)
+    return msgspec.structs.replace(
+        change,
+        disks=tuple(map(there, change.disks)),
+        snapshot=snapshot,
+        kept=kept,
+        layer=change.layer and there(change.layer),
+    )
 
 
 def obstacles(record: model.Instance, snapshot: Snapshot) -> list[str]:
@@ -139,9 +167,17 @@ def _at_peer(each: Snapshot, named: Named, backends: Mapping[str, str]) -> Snaps
     for disk in each.disks:
         backend, volume = there(disk.backend, disk.volume)
         disks.append(msgspec.structs.replace(disk, backend=backend, volume=volume))
-    backend, volume = each.memory_backend, each.memory_volume
-    if volume:
-        backend, volume = there(backend, volume)
+
+    def file_there(backend: str, volume: str) -> tuple[str, str]:
+        return there(backend, volume) if volume else (backend, volume)
+
+    memory = file_there(each.memory_backend, each.memory_volume)
+    variables = file_there(each.variables_backend, each.variables_volume)
     return msgspec.structs.replace(
-        each, disks=tuple(disks), memory_backend=backend, memory_volume=volume
+        each,
+        disks=tuple(disks),
+        memory_backend=memory[0],
+        memory_volume=memory[1],
+        variables_backend=variables[0],
+        variables_volume=variables[1],
     )

@@ -7,24 +7,34 @@ finish() goes on with what a kill left.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import errors, model, node, snapshottree
-from virtmigrate.model import Changing
+from virtmigrate.model import Changing, InstanceState
 from virtmigrate.progress import Progress
+from virtmigrate.snapshot import limits
 from virtmigrate.snapshot.creation import Creation
-from virtmigrate.snapshot.reverting import Plan as ReturnPlan
+from virtmigrate.snapshot.flattening import Flattening
 from virtmigrate.snapshot.reverting import Reverting
 from virtmigrate.snapshot.terms import Return, Step, Wanted
 from virtmigrate.snapshot.tidying import Tidying
-from virtmigrate.snapshot.work import FIXED, Demand, Work, new_operation
-from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
+from virtmigrate.snapshot.work import Demand, Work, new_operation
+from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot
 
 LOG = logging.getLogger(__name__)
+
+_SAVED = {
+    Changing.CREATING: "the guest was saved while its snapshot was being taken: start "
+    "it with libvirt's own command (`virsh start`), so that its disks are known again, "
+    "or drop its memory (`virsh managedsave-remove`); then settle again",
+    Changing.REVERTING: "the guest was saved, with the disks that it is gone back "
+    "from: that memory fits them only. Drop it (`virsh managedsave-remove`), then "
+    "settle again",
+}
+"""What is to be done about a guest that cannot be resumed by us."""
 
 __all__ = ["Kind", "Memory", "Place", "Return", "Snapshots", "Step", "Wanted"]
 
@@ -40,6 +50,8 @@ class Snapshots:
     def __init__(self, here: node.Node, demand_no_move: Demand) -> None:
         self._here = here
         self._demand_no_move = demand_no_move
+        self._told: set[str] = set()
+        """What the log has of chains already."""
 
     def all(self, uuid: str) -> tuple[snapshottree.Snapshots, str | None]:
         """Return an instance's snapshots, and the id of the current one."""
@@ -54,7 +66,10 @@ class Snapshots:
         Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
         """
         with self._work(uuid) as work:
-            return self._create(work, wanted, progress)
+            made = self._create(work, wanted, progress)
+            for said in limits.slow(self._here, work.found):
+                LOG.warning("%s", said)
+            return made
 
     def revert(
         self, uuid: str, wanted: Return, progress: Progress | None = None
@@ -67,23 +82,29 @@ class Snapshots:
         """
         with self._work(uuid) as work:
             plan = Reverting(work).plan(wanted)
-            last = self._last(work, wanted, plan) if wanted.keep else None
-            if wanted.delete_children:
-                gone = snapshottree.descendants(work.found.snapshots, plan.snapshot.id)
-                for each in gone:
+            if wanted.delete_children and not plan.gone:
+                # States of these have to go, and what stands on volumes, before.
+                for each in self._doomed(work, plan.snapshot.id, True, False):
                     self._delete(work, (each,))
-            if last is not None:
-                Creation(work, progress).run(last)
-            # What the two changed, the plan has to know.
-            plan = Reverting(work).plan(wanted)
-            Reverting(work).run(plan)
-            Tidying(work).run(work.found)
+                plan = Reverting(work).plan(wanted)
+            Reverting(work, progress).run(plan)
+            # It is too late to cancel.
+            Tidying(work, progress and progress.uncancelled()).run(work.found)
             return list(plan.detached)
 
     def delete(
-        self, uuid: str, key: str, *, children: bool = False, itself: bool = True
+        self,
+        uuid: str,
+        key: str,
+        *,
+        children: bool = False,
+        itself: bool = True,
+        progress: Progress | None = None,
     ) -> None:
         """Delete a snapshot; what was taken after it stays, on what it stood on.
+
+        Raises SnapshotPutOff where it was cancelled while layers were merged: what is
+        not merged yet stays until finish(). Cancelled before that: nothing was done.
 
         Arguments:
             children: delete all that was taken after it, too, the last ones first.
@@ -91,13 +112,38 @@ class Snapshots:
         """
         with self._work(uuid) as work:
             gone = self._doomed(work, key, children, itself)
+            if progress is not None:
+                progress.phase("deleting")
             outside = tuple(each for each in gone if not snapshottree.is_inside(each))
             if outside or not gone:
-                self._delete(work, outside)
+                self._delete(work, outside, progress)
             # What stood on these is merged into their volumes by now.
             for each in gone:
                 if each not in outside:
-                    self._delete(work, (each,))
+                    self._delete(work, (each,), progress)
+
+    def detached(self, uuid: str) -> tuple[model.DiskRef, ...]:
+        """Return the disks that reverts took away, and that are kept."""
+        return self._here.entitled(uuid).detached
+
+    def give_up(self, uuid: str, key: str) -> model.DiskRef:
+        """Remove a disk that a revert took away, for good.
+
+        What snapshots need of it stays with them. Raises SnapshotRefused.
+
+        Arguments:
+            key: its target if that is one disk's only, or its volume.
+        """
+        with self._work(uuid) as work:
+            found = work.demand_idle("giving a disk up")
+            ref = self._detached(work, found, key)
+            change = model.Change(
+                what=Changing.DELETING, operation=new_operation(), disks=(ref,)
+            )
+            left = tuple(each for each in found.detached if each != ref)
+            self._drop(work, work.publish(found, detached=left, change=change))
+            LOG.info("instance=%s volume=%s given up", uuid, ref.volume)
+            return ref
 
     def plan_create(self, uuid: str, wanted: Wanted) -> list[Step]:
         """Return what create() would do."""
@@ -107,21 +153,18 @@ class Snapshots:
     def plan_revert(self, uuid: str, wanted: Return) -> list[Step]:
         """Return what revert() would do."""
         with self._work(uuid) as work:
-            found, steps = work.demand_idle("going back"), []
+            found = work.demand_idle("going back")
             plan = Reverting(work).plan(wanted)
-            if wanted.keep:
-                self._last(work, wanted, plan)
-                steps.append(Step("keep", wanted.keep, "what there is now"))
             gone: tuple[Snapshot, ...] = ()
             if wanted.delete_children:
-                gone = tuple(
-                    snapshottree.descendants(found.snapshots, plan.snapshot.id)
-                )
-            steps += [Step("delete", each.name, "it stands on it") for each in gone]
+                gone = self._doomed(work, plan.snapshot.id, True, False)
+            steps = [Step("delete", each.name, "it stands on it") for each in gone]
             after = self._after(found, gone)
-            if not wanted.keep:
-                after = msgspec.structs.replace(after, disks=plan.disks)
-            return [*steps, *plan.steps(), *Tidying(work).plan(after)]
+            kept = (plan.kept,) if plan.kept else ()
+            after = msgspec.structs.replace(
+                after, disks=plan.disks, snapshots=(*after.snapshots, *kept)
+            )
+            return [*plan.steps(), *steps, *Tidying(work).plan(after)]
 
     def plan_delete(
         self, uuid: str, key: str, *, children: bool = False, itself: bool = True
@@ -152,7 +195,53 @@ class Snapshots:
                 left.append(f"snapshots of {name}: {e}")
         return left
 
+    def tend(self) -> list[str]:
+        """Shorten chains that are too deep, as the options say; return what failed.
+
+        Chains that get slow are named in the log, once each time they grow; so are
+        those that cannot be shortened as things are.
+        """
+        left = []
+        for name in self._here.instances.names():
+            try:
+                self._tend(name)
+            except errors.InstanceBusy:
+                continue
+            except (errors.SnapshotRefused, errors.InvalidState) as e:
+                # It waits until its guest, or its move, is such that it can be done.
+                self._tell(str(e))
+            except Exception as e:
+                LOG.exception("instance=%s its chains", name)
+                left.append(f"chains of {name}: {e}")
+        return left
+
     # Private
+
+    def _tend(self, uuid: str) -> None:
+        found = self._here.own_record(uuid)
+        is_idle = found is not None and found.change is None
+        if found is None or found.state is not InstanceState.HERE or not is_idle:
+            return
+        limit = self._here.options.flatten_chain
+        for each in limits.depths(self._here, found) if limit else ():
+            if each.count > limit:
+                self._flatten(uuid, each.target, limit)
+        for said in limits.slow(self._here, self._here.entitled(uuid)):
+            self._tell(said)
+
+    def _tell(self, said: str) -> None:
+        if said not in self._told:
+            LOG.warning("%s", said)
+            self._told.add(said)
+
+    def _flatten(self, uuid: str, target: str, limit: int) -> None:
+        with self._work(uuid) as work:
+            flattening = Flattening(work)
+            while each := flattening.disposable(target, limit):
+                self._delete(work, (each,))
+            is_deep = flattening.depth(target) > limit
+            if is_deep and self._here.options.flatten_by == "pull":
+                flattening.pull(target)
 
     @contextlib.contextmanager
     def _work(self, uuid: str) -> Iterator[Work]:
@@ -175,7 +264,7 @@ class Snapshots:
         if found.change is None:
             return
         if found.change.what is not Changing.PREPARING:
-            work.demand_unsaved(found.change.what.value)
+            work.demand_unsaved(found.change.what.value, _SAVED.get(found.change.what))
         LOG.info("instance=%s goes on %s", found.uuid, found.change.what.value)
         if found.change.what is Changing.CREATING:
             Creation(work).recover(found)
@@ -183,39 +272,31 @@ class Snapshots:
             Reverting(work).undo(found)
         elif found.change.what is Changing.DELETING:
             self._drop(work, found)
+        elif found.change.what is Changing.FLATTENING:
+            Flattening(work).finish(found)
         elif found.change.what is not Changing.TIDYING:
             Tidying(work).run(Reverting(work).finish(found))
         else:
             Tidying(work).run(found)
 
-    def _last(self, work: Work, wanted: Return, plan: ReturnPlan) -> Wanted:
-        """Return what keeps the state that a revert leaves.
-
-        Inside, where the revert needs that volume as it is: a layer over it would be
-        in its way. Raises what taking it would.
-        """
-        inside = {
-            (disk.backend, disk.volume)
-            for disk in plan.snapshot.disks
-            if disk.place is Place.INTERNAL
-        }
-        found = work.found
-        has_state = any((ref.backend, ref.volume) in inside for ref in found.disks)
-        last = Wanted(name=wanted.keep, layer=wanted.layer, by=wanted.by)
-        if has_state:
-            is_off = work.taken() is Taken.OFF
-            last = dataclasses.replace(
-                last,
-                kind=Kind.DISK if is_off else Kind.CHECKPOINT,
-                memory=Memory.NONE if is_off else Memory.INTERNAL,
-                places={
-                    ref.target: Place.INTERNAL
-                    for ref in found.disks
-                    if ref.role not in FIXED
-                },
+    def _detached(self, work: Work, found: model.Instance, key: str) -> model.DiskRef:
+        """Return the one that is named; refuse one whose states snapshots need."""
+        named = [ref for ref in found.detached if key in (ref.target, ref.volume)]
+        if len(named) != 1:
+            told = ", ".join(f"{ref.target} ({ref.volume})" for ref in found.detached)
+            raise work.refused(
+                "giving a disk up",
+                f"{key} names {len(named)} of the disks that reverts detached: "
+                f"{told or 'there are none'}",
             )
-        Creation(work).plan(last)
-        return last
+        (ref,) = named
+        for each in found.snapshots:
+            if (ref.backend, ref.volume) in snapshottree.volumes((each,), *Place):
+                raise work.refused(
+                    "giving a disk up",
+                    f"snapshot {each.name} holds {ref.volume}: delete that first",
+                )
+        return ref
 
     def _doomed(
         self, work: Work, key: str, children: bool, itself: bool
@@ -236,7 +317,12 @@ class Snapshots:
             current=snapshottree.remaining_parent(found.snapshots, found.current, ids),
         )
 
-    def _delete(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
+    def _delete(
+        self,
+        work: Work,
+        gone: tuple[Snapshot, ...],
+        progress: Progress | None = None,
+    ) -> None:
         found = work.demand_idle("deleting")
         for each in gone:
             self._demand_droppable(work, each)
@@ -244,7 +330,7 @@ class Snapshots:
         change = model.Change(
             what=Changing.DELETING, operation=new_operation(), gone=ids
         )
-        self._drop(work, work.publish(found, change=change))
+        self._drop(work, work.publish(found, change=change), progress)
 
     def _demand_droppable(self, work: Work, snapshot: Snapshot) -> None:
         for disk in snapshot.disks:
@@ -258,12 +344,16 @@ class Snapshots:
                         "off, or delete what was taken after it first",
                     )
 
-    def _drop(self, work: Work, found: model.Instance) -> None:
+    def _drop(
+        self, work: Work, found: model.Instance, progress: Progress | None = None
+    ) -> None:
         assert found.change is not None
         change, ids = found.change, found.change.gone
         gone = tuple(each for each in found.snapshots if each.id in ids)
         for each in gone:
             work.drop_states(each)
+        for ref in change.disks:
+            work.drop_disk(ref)
         after = self._after(found, gone)
         change = model.Change(what=Changing.TIDYING, operation=change.operation)
         found = work.publish(after, change=change)
@@ -273,4 +363,4 @@ class Snapshots:
             found.uuid,
             ",".join(each.name for each in gone),
         )
-        Tidying(work).run(found)
+        Tidying(work, progress).run(found)

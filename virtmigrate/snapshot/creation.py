@@ -11,11 +11,10 @@ import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import domainstate, errors, model
-from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
-from virtmigrate.model import Changing, Role, VolumeState
+from virtmigrate.model import Changing
 from virtmigrate.progress import Progress
-from virtmigrate.snapshot import planning
+from virtmigrate.snapshot import firmware, memory, planning
 from virtmigrate.snapshot.terms import Wanted
 from virtmigrate.snapshot.tidying import Tidying
 from virtmigrate.snapshot.work import Work
@@ -56,11 +55,13 @@ class Creation:
             work.foretell(found, disks=plan.disks, change=None)
             self._freeze(plan, wanted)
         except BaseException as e:
-            if not self.recover(work.found) or isinstance(e, errors.QuiesceFailed):
-                raise
-            # The guest had gone on in its layers all the same.
-            LOG.exception("snapshot=%s was taken, with an error", snapshot.name)
-            return work.snapshot(snapshot.id)
+            if not self._undone(e, snapshot):
+                # The guest had gone on in its layers all the same.
+                LOG.exception("snapshot=%s was taken, with an error", snapshot.name)
+                return work.snapshot(snapshot.id)
+            if isinstance(e, errors.HostError | errors.InvalidState):
+                raise self._failed(e) from e
+            raise
         self._commit(found)
         return snapshot
 
@@ -81,6 +82,8 @@ class Creation:
             return False
         self._restore(found, change.snapshot)
         self._wake(change.snapshot)
+        # Who takes it over must not look for layers that are gone.
+        work.foretell(found)
         work.drop_states(change.snapshot)
         work.drop_made(change.operation)
         # It may tell of the snapshot already.
@@ -91,27 +94,42 @@ class Creation:
 
     # Private
 
+    def _undone(self, error: BaseException, snapshot: Snapshot) -> bool:
+        """Undo what failed; tell whether there is no snapshot to go by.
+
+        Raises SnapshotUndecided where that fails, too: it is settled later.
+        """
+        work = self._work
+        try:
+            is_taken = self.recover(work.found)
+        except errors.Error as e:
+            LOG.exception("snapshot=%s is not undone", snapshot.name)
+            raise errors.SnapshotUndecided(
+                doing=f"snapshot {snapshot.name}",
+                instance=work.uuid,
+                host=work.here.name,
+                reason=str(error) or type(error).__name__,
+                then=str(e),
+            ) from error
+        return not is_taken or isinstance(error, errors.QuiesceFailed)
+
+    def _failed(self, error: errors.Error) -> errors.SnapshotFailed:
+        power = self._work.states.power(self._work.uuid)
+        return errors.SnapshotFailed(
+            doing="snapshot",
+            instance=self._work.uuid,
+            host=self._work.here.name,
+            reason=f"{error} (the guest is {power.value})",
+        )
+
     def _prepare(self, plan: planning.Plan) -> None:
         self._progress.phase("making layers")
         self._work.make_layers(plan.layers)
+        if not _needs_rest(plan.snapshot):
+            firmware.copy(self._work, plan.snapshot)
         if plan.snapshot.memory_volume:
-            volume = self._memory(plan.snapshot)
+            volume = memory.planned(self._work, plan.snapshot)
             self._work.here.files.volumes.publish(volume.name, volume)
-
-    def _memory(self, snapshot: Snapshot) -> model.Volume:
-        pool = self._work.here.files.disks
-        return model.Volume(
-            name=snapshot.memory_volume,
-            pool=pool.name,
-            path=pool.volume_path(snapshot.memory_volume),
-            format=DiskFormat.RAW,
-            role=Role.MEMORY,
-            size=0,
-            state=VolumeState.INCOMPLETE,
-            owner=self._work.uuid,
-            operation=snapshot.id,
-            origin=self._work.here.name,
-        )
 
     def _freeze(self, plan: planning.Plan, wanted: Wanted) -> None:
         snapshot = plan.snapshot
@@ -130,7 +148,11 @@ class Creation:
     def _keep_inside(self, plan: planning.Plan, wanted: Wanted) -> None:
         work, snapshot = self._work, plan.snapshot
         if snapshot.memory is Memory.EXTERNAL:
-            work.states.save_to(work.uuid, self._memory(snapshot).path)
+            work.states.save_to(work.uuid, memory.planned(work, snapshot).path)
+            # What is kept inside next is worth nothing without it.
+            memory.persist(work, snapshot)
+        if work.states.is_off(work.uuid):
+            work.restate(snapshot.disks)
         work.states.keep_inside(work.uuid, snapshot.id, self._progress, wanted.timeout)
         self._restore(work.found, snapshot)
         self._wake(snapshot)
@@ -143,21 +165,24 @@ class Creation:
     def _freeze_running(self, plan: planning.Plan, wanted: Wanted) -> None:
         work, snapshot = self._work, plan.snapshot
         own = tuple(d.target for d in snapshot.disks if d.place is Place.OWN)
-        memory = snapshot.memory_volume and self._memory(snapshot).path
+        path = memory.planned(work, snapshot).path if snapshot.memory_volume else None
         request = domainstate.Freeze(
             name=snapshot.id,
             layers=_paths(work, plan.disks, snapshot),
-            held=own if memory else (),
-            memory=memory or None,
+            held=own if path else (),
+            memory=path,
         )
         with self._quiesced(wanted):
-            if own and not memory:
+            if _needs_rest(snapshot):
                 # Before the layers, which say that all is kept.
                 work.states.pause(work.uuid)
+                firmware.copy(work, snapshot)
+            if own and not path:
+                work.states.pause(work.uuid)
                 self._keep_own(snapshot)
-            if request.layers or memory:
+            if request.layers or path:
                 work.states.freeze(work.uuid, request, self._progress, wanted.timeout)
-            if memory:
+            if path:
                 self._keep_own(snapshot)
             self._wake(snapshot)
 
@@ -178,7 +203,7 @@ class Creation:
         assert change is not None
         if not inside or snapshot.memory is not Memory.EXTERNAL or change.power:
             return
-        path = self._memory(snapshot).path
+        path = memory.planned(work, snapshot).path
         if work.states.is_off(work.uuid) and work.states.has_memory(path):
             work.here.restore(work.uuid, path)
         change = msgspec.structs.replace(change, power=snapshot.taken.value)
@@ -224,8 +249,9 @@ class Creation:
         self._wake(snapshot)
         work.drop_states(snapshot)
         work.settle_layers(change.disks, change.operation)
-        if snapshot.memory_volume:
-            work.here.files.remove(snapshot.memory_volume)
+        for name in (snapshot.memory_volume, snapshot.variables_volume):
+            if name:
+                work.here.files.remove(name)
         tidying = model.Change(what=Changing.TIDYING, operation=change.operation)
         found = work.publish(found, disks=change.disks, change=tidying)
         work.define(work.states.xml(work.uuid), found)
@@ -236,21 +262,13 @@ class Creation:
         """Publish what was done: from here on it is a snapshot."""
         work, change = self._work, found.change
         assert change is not None and change.snapshot is not None
-        snapshot = change.snapshot
+        snapshot = firmware.settled(work, change.snapshot)
         self._wake(snapshot)
         work.settle_layers(change.disks, change.operation)
         if snapshot.memory_volume:
-            files = work.here.files
-            volume = files.volumes.read(snapshot.memory_volume).body
-            size = files.disks.physical(volume.name)
-            durable = files.persist(volume.pool, volume.name)
-            files.update(
-                msgspec.structs.replace(
-                    volume, state=VolumeState.USABLE, size=size, durable=durable
-                )
-            )
+            memory.publish(work, snapshot)
             # As it is now, made by this host's libvirt: it may come back from a peer.
-            text = work.states.memory_xml(volume.path)
+            text = work.states.memory_xml(memory.planned(work, snapshot).path)
             snapshot = msgspec.structs.replace(snapshot, live_xml=text)
         made = msgspec.structs.replace(
             found,
@@ -267,6 +285,12 @@ class Creation:
 
 
 # Private
+
+
+def _needs_rest(snapshot: Snapshot) -> bool:
+    """Tell whether a running guest has to stand still for a copy of its variables."""
+    is_running = snapshot.taken is Taken.RUNNING and snapshot.memory is Memory.NONE
+    return is_running and bool(snapshot.variables_volume)
 
 
 def _doubted(found: model.Instance) -> model.Instance:

@@ -8,7 +8,7 @@ import msgspec
 
 from virtmigrate import errors, model, snapshottree
 from virtmigrate.model import Role, VolumeState
-from virtmigrate.snapshot import rules
+from virtmigrate.snapshot import firmware, limits, rules
 from virtmigrate.snapshot.terms import Step, Wanted
 from virtmigrate.snapshot.work import FIXED, Layers, Work, new_operation
 from virtmigrate.snapshottree import (
@@ -61,7 +61,6 @@ class Planner:
         taken = self._work.taken()
         operation = new_operation()
         frozen = tuple(self._frozen(found, wanted))
-        self._demand_limits(found, frozen)
         verdict = rules.create(
             rules.Case(
                 places=frozenset(each.place for each in frozen),
@@ -75,6 +74,7 @@ class Planner:
         if not verdict.possible:
             raise self._work.refused(_DOING, verdict.said)
         layers = tuple(self._layers(found, frozen, wanted.layer, operation))
+        limits.demand(self._work, found, limits.Asked(frozen, layers, wanted.memory))
         return Plan(
             self._snapshot(found, wanted, taken, frozen, operation),
             _tops(found, layers),
@@ -90,23 +90,6 @@ class Planner:
             raise errors.SnapshotExists(
                 instance=found.uuid, host=self._work.here.name, snapshot=wanted.name
             )
-
-    def _demand_limits(
-        self, found: model.Instance, frozen: tuple[FrozenDisk, ...]
-    ) -> None:
-        options = self._work.here.options
-        if len(found.snapshots) >= options.max_snapshots:
-            raise self._work.refused(
-                _DOING, f"it has {len(found.snapshots)} (max_snapshots): delete some"
-            )
-        for disk in frozen:
-            depth = len(self._work.backend(disk).chain(disk.volume))
-            if disk.place is Place.EXTERNAL and depth >= options.max_chain:
-                raise self._work.refused(
-                    _DOING,
-                    f"{disk.target} has {depth} layers (max_chain): delete snapshots "
-                    "that it stands on",
-                )
 
     def _frozen(self, found: model.Instance, wanted: Wanted) -> list[FrozenDisk]:
         known = {ref.target for ref in found.disks}
@@ -127,7 +110,12 @@ class Planner:
                 _DOING, f"{ref.target}: {ref.volume} is {volume.state.value}"
             )
         place = place or rules.default_place(backend.capabilities)
-        verdict = rules.place(backend.capabilities, volume.format, place)
+        verdict = rules.place(
+            backend.capabilities,
+            volume.format,
+            place,
+            is_clone=volume.parent is not None,
+        )
         if not verdict.possible:
             raise self._work.refused(
                 _DOING, f"{ref.target} {place.value}: {verdict.said}"
@@ -169,6 +157,7 @@ class Planner:
             consistency = Consistency.FILES
         outside = wanted.memory is Memory.EXTERNAL
         with_memory = wanted.memory is not Memory.NONE
+        variables = firmware.name(found, operation)
         live = work.states.secure_xml(work.uuid) if with_memory else None
         return Snapshot(
             id=operation,
@@ -186,6 +175,9 @@ class Planner:
             memory_backend=work.here.files.name if outside else "",
             memory_volume=f"memory.{operation}" if outside else "",
             description=wanted.description,
+            automatic=wanted.automatic,
+            variables_backend=work.here.files.name if variables else "",
+            variables_volume=variables,
         )
 
 

@@ -13,7 +13,8 @@ from oslo_log import log as logging
 
 from virtmigrate import domainxml, model, snapshottree
 from virtmigrate.model import Changing, VolumeState
-from virtmigrate.snapshot import rules
+from virtmigrate.progress import Progress
+from virtmigrate.snapshot import firmware, leaving, memory, rules
 from virtmigrate.snapshot.terms import Return, Step
 from virtmigrate.snapshot.work import Layers, Work, new_operation
 from virtmigrate.snapshottree import Kind, Memory, Place, Snapshot, Taken
@@ -36,10 +37,17 @@ class Plan:
     configuration: bool
     power: str
     how: str
+    kept: Snapshot | None
+    """What becomes of what there is now."""
+    gone: tuple[str, ...]
+    """Ids of what was taken after it, and goes in the same step."""
 
     def steps(self) -> list[Step]:
         """Return what would be done."""
-        found = [Step("restore", self.snapshot.name, self.how)]
+        found = []
+        if self.kept is not None:
+            found.append(Step("keep", self.kept.name, "what there is now"))
+        found.append(Step("restore", self.snapshot.name, self.how))
         found += [
             Step("layer", each.name, f"over {each.backing}") for _, each in self.layers
         ]
@@ -56,8 +64,10 @@ class Plan:
 class Reverting:
     """Goes back to a snapshot of one instance, under its claim."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, progress: Progress | None = None) -> None:
         self._work = work
+        self._progress = progress or Progress()
+        self._leaving = leaving.Leaving(work)
 
     def plan(self, wanted: Return) -> Plan:
         """Return what would be done; SnapshotRefused, SnapshotNotFound."""
@@ -71,11 +81,22 @@ class Reverting:
             raise self._work.refused(
                 _DOING, "the memory of a guest fits its own configuration only"
             )
-        operation = new_operation()
+        if configuration:
+            firmware.demand(self._work, snapshot, _DOING)
+        power = self._power(wanted, snapshot)
+        if power != Taken.OFF.value:
+            memory.demand(self._work, snapshot, _DOING)
+        left = self._leaving.plan(wanted, snapshot) if wanted.keep else None
+        operation = left.snapshot.id if left else new_operation()
         disks, layers, detached = self._disks(
             found, snapshot, configuration, wanted.layer, operation
         )
         self._demand_chains(found, disks, snapshot)
+        gone = self._gone(found, snapshot) if wanted.delete_children else ()
+        kept = None
+        if left is not None:
+            disks, layers = leaving.with_left(disks, layers, left)
+            kept = self._kept(found, left.snapshot, gone)
         places = {each.place for each in snapshot.disks}
         return Plan(
             snapshot=snapshot,
@@ -84,8 +105,10 @@ class Reverting:
             layers=layers,
             detached=detached,
             configuration=configuration,
-            power=self._power(wanted, snapshot),
+            power=power,
             how=rules.revert(places, snapshot.memory, snapshot.taken).said,
+            kept=kept,
+            gone=gone,
         )
 
     def run(self, plan: Plan) -> None:
@@ -99,28 +122,29 @@ class Reverting:
             snapshot=plan.snapshot,
             power=plan.power,
             configuration=plan.configuration,
+            kept=plan.kept,
         )
         found = work.publish(work.found, change=change)
         try:
             work.make_layers(plan.layers)
-            work.settle_layers(plan.disks, plan.operation)
+            if plan.kept is not None:
+                self._leaving.keep(plan.kept, self._progress)
+            decided = self._decide(found, plan)
         except BaseException:
-            self.undo(found)
+            # Somebody may have it published, and the answer was lost.
+            now = work.found
+            if now.change == change:
+                self.undo(now)
             raise
-        self.finish(
-            work.publish(
-                found,
-                disks=plan.disks,
-                current=plan.snapshot.id,
-                detached=_detached(found, plan),
-                **_size(plan),
-                change=msgspec.structs.replace(change, what=Changing.REVERTING),
-            )
-        )
+        self.finish(decided)
 
     def undo(self, found: model.Instance) -> None:
-        """Take away what was prepared: the guest was not touched."""
+        """Take away what was prepared: the guest goes on, if it had to stand still."""
         assert found.change is not None
+        if found.change.kept is not None:
+            self._leaving.undo(found.change.kept)
+        # Who takes it over must not look for layers that are gone.
+        self._work.foretell(found)
         self._work.drop_made(found.change.operation)
         self._work.publish(found, change=None)
 
@@ -135,15 +159,21 @@ class Reverting:
         snapshot = change.snapshot
         if change.what is Changing.REVERTING:
             work.states.kill(work.uuid)
+            if change.kept is not None:
+                self._leaving.freeze(change.kept)
+            work.settle_layers(found.disks, change.operation)
             self._thaw(found, snapshot)
             text = work.states.xml(work.uuid)
             if change.configuration:
                 text = snapshot.domain_xml
+                firmware.bring_back(work, found, snapshot)
             work.foretell(found, domain_xml=text)
             self._restore_states(found, snapshot, text)
             work.define(text, found)
-            self._restore_memory(found, snapshot, change.power)
-            change = msgspec.structs.replace(change, what=Changing.RESUMING)
+            power = self._restore_memory(found, snapshot, change.power)
+            change = msgspec.structs.replace(
+                change, what=Changing.RESUMING, power=power
+            )
             found = work.publish(found, change=change)
         self._set_power(change.power)
         LOG.info("instance=%s is back at snapshot=%s", work.uuid, snapshot.name)
@@ -151,6 +181,34 @@ class Reverting:
         return work.publish(found, change=tidying)
 
     # Private
+
+    def _decide(self, found: model.Instance, plan: Plan) -> model.Instance:
+        """Publish what is to be: from here on it is finished."""
+        assert found.change is not None
+        return self._work.publish(
+            found,
+            disks=plan.disks,
+            snapshots=_tree(found, plan),
+            current=plan.snapshot.id,
+            detached=_detached(found, plan),
+            **_size(plan),
+            change=msgspec.structs.replace(found.change, what=Changing.REVERTING),
+        )
+
+    def _gone(self, found: model.Instance, snapshot: Snapshot) -> tuple[str, ...]:
+        """Return what was taken after one, if only layers and files are to go with it.
+
+        Else nothing: what lies inside of volumes, or is kept by backends, goes first.
+        """
+        gone = list(snapshottree.descendants(found.snapshots, snapshot.id))
+        places = {disk.place for each in (*gone, snapshot) for disk in each.disks}
+        return tuple(each.id for each in gone) if places <= {Place.EXTERNAL} else ()
+
+    @staticmethod
+    def _kept(found: model.Instance, kept: Snapshot, gone: tuple[str, ...]) -> Snapshot:
+        """Return it as it hangs in the tree afterwards."""
+        parent = snapshottree.remaining_parent(found.snapshots, kept.parent, gone)
+        return msgspec.structs.replace(kept, parent=parent)
 
     def _disks(
         self,
@@ -263,24 +321,34 @@ class Reverting:
 
     def _restore_memory(
         self, found: model.Instance, snapshot: Snapshot, power: str
-    ) -> None:
-        """Start the guest paused where it was, if its memory was kept and is wanted."""
+    ) -> str:
+        """Start the guest paused where it was, if its memory was kept and is wanted.
+
+        Returns what it is to be: off where its file of memory was lost meanwhile.
+        """
         work = self._work
         inside = any(each.place is Place.INTERNAL for each in snapshot.disks)
         if inside:
+            work.restate(
+                each for each in snapshot.disks if each.place is Place.INTERNAL
+            )
             with work.here.starting(work.uuid):
                 described = work.described(snapshot)
                 work.states.revert_inside(work.uuid, described, paused=True)
         if power == Taken.OFF.value:
             work.states.kill(work.uuid)
         elif snapshot.memory is Memory.EXTERNAL:
-            path = work.volume(snapshot.memory_backend, snapshot.memory_volume).path
+            path = memory.path(work, snapshot)
+            if path is None:
+                LOG.error("%s", memory.lost(work, snapshot))
+                return Taken.OFF.value
             # Not what the file's head says now: it may have come from a peer, and
             # libvirt would do as it says.
             text = domainxml.without_runtime(str(snapshot.live_xml))
             text = work.as_here(text, found)
             with work.here.starting(work.uuid):
                 work.states.restore_with(path, text)
+        return power
 
     def _set_power(self, power: str) -> None:
         work = self._work
@@ -292,9 +360,15 @@ class Reverting:
             work.states.unpause(work.uuid)
 
 
+def _tree(found: model.Instance, plan: Plan) -> snapshottree.Snapshots:
+    kept = (plan.kept,) if plan.kept else ()
+    return (*snapshottree.without(found.snapshots, plan.gone), *kept)
+
+
 def _detached(found: model.Instance, plan: Plan) -> tuple[model.DiskRef, ...]:
-    """Return what no disk is any more."""
+    """Return what no disk is any more, nor below one."""
     disks = {(ref.backend, ref.volume) for ref in plan.disks}
+    disks |= {(backend, str(layer.backing)) for backend, layer in plan.layers}
     gone = (*found.detached, *plan.detached)
     return tuple(ref for ref in gone if (ref.backend, ref.volume) not in disks)
 

@@ -34,8 +34,16 @@ class Verdict:
     """How it is done, or why it is refused."""
 
 
-def place(can: Capabilities, fmt: DiskFormat, wanted: Place) -> Verdict:
-    """Tell whether a volume's state can be kept in a place."""
+def place(
+    can: Capabilities, fmt: DiskFormat, wanted: Place, *, is_clone: bool = False
+) -> Verdict:
+    """Tell whether a volume's state can be kept in a place.
+
+    Arguments:
+        is_clone: it shares the blocks of another volume of its storage.
+    """
+    if wanted is Place.OWN and can.snapshots and is_clone and not can.nested:
+        return Verdict(False, _NOT_NESTED)
     if wanted is Place.EXTERNAL:
         return _verdict(can.overlays, "a layer is put over it", _NO_LAYERS)
     if wanted is Place.OWN:
@@ -73,7 +81,7 @@ def revert(places: Collection[Place], memory: Memory, taken: Taken) -> Verdict:
 def branch(places: Collection[Place]) -> Verdict:
     """Tell whether several states can go on from a snapshot beside each other."""
     if Place.INTERNAL in places:
-        return Verdict(True, "as a revert; what is to stay is kept inside first")
+        return Verdict(True, "as a revert; what is to stay is kept inside")
     if Place.OWN in places:
         return Verdict(True, "as a revert; what is to stay is kept by the backend")
     return Verdict(True, "a new layer beside those that stand on the same volume")
@@ -107,6 +115,10 @@ def cases() -> Iterator[Case]:
 
 _NO_LAYERS = "this backend has no layers; its own snapshots are what it has"
 _NO_STATES = "this backend keeps no states itself; a layer is what it has"
+_NOT_NESTED = (
+    "it is a snapshot of its image itself, and this storage keeps none of such a one; "
+    "`clones = copy` makes disks that can have snapshots"
+)
 _NOT_INSIDE = "only a qcow2 volume keeps a state inside"
 
 

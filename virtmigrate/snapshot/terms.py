@@ -23,6 +23,8 @@ class Wanted:
     layer: str = ""
     """The first part of the names of the new layers; default: the disk's target."""
     description: str = ""
+    automatic: bool = False
+    """It may be deleted where chains get too deep (`flatten_chain`)."""
     by: str = ""
     timeout: float = 3600.0
     """Seconds until the writing of memory is given up."""

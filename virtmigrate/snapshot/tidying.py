@@ -4,8 +4,9 @@
 The tree says what is needed, so that nothing else has to be remembered: deleting a
 snapshot is taking it out of the tree, and this. A volume that nobody names goes when
 nothing stands on it. When one layer does, that is written into it, and the two are one.
-When several do, they share it, and it stays. So does one whose only layer is shared
-itself: what a layer stands on is named in its header, too, and only QEMU writes there.
+When several do, they share it, and it stays; so it does where a volume of another
+instance is one of them. So does one whose only layer is shared itself: what a layer
+stands on is named in its header, too, and only QEMU writes there.
 A volume with states inside of it takes a layer in, but is never written into another
 one: they would be lost.
 """
@@ -16,6 +17,7 @@ from oslo_log import log as logging
 from virtmigrate import domainxml, errors, model, snapshottree
 from virtmigrate.backends import base
 from virtmigrate.model import Role, VolumeState
+from virtmigrate.progress import Progress
 from virtmigrate.snapshot.terms import Step
 from virtmigrate.snapshot.work import Work
 from virtmigrate.snapshottree import Place, Taken
@@ -30,14 +32,15 @@ Names = set[tuple[str, str]]
 class Tidying:
     """Tidies up the volumes of one instance, under its claim."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, progress: Progress | None = None) -> None:
         self._work = work
+        self._progress = progress or Progress()
 
     def plan(self, found: model.Instance) -> list[Step]:
         """Return what would be done if this were the instance's record."""
         steps, owned = [], self._work.owned()
-        named, holders = _named(found), _holders(found)
-        while (next_one := _first(owned, named, holders)) is not None:
+        named, holders, lent = _named(found), _holders(found), self._work.lent()
+        while (next_one := _first(owned, named, holders, lent)) is not None:
             (backend, volume), above = next_one
             owned = [each for each in owned if each[1].name != volume.name]
             if above is None:
@@ -53,7 +56,20 @@ class Tidying:
         return steps
 
     def run(self, found: model.Instance) -> model.Instance:
-        """Do all of it; can be called again. Returns the record, without a change."""
+        """Do all of it; can be called again. Returns the record, without a change.
+
+        Raises SnapshotPutOff where it was cancelled: the rest is done by the next call.
+        """
+        try:
+            return self._run(found)
+        except errors.Cancelled as e:
+            raise errors.SnapshotPutOff(
+                instance=self._work.uuid, host=self._work.here.name
+            ) from e
+
+    # Private
+
+    def _run(self, found: model.Instance) -> model.Instance:
         assert found.change is not None
         if found.change.layer is not None:
             found = self._merge(found)
@@ -67,10 +83,9 @@ class Tidying:
             found = self._merge(found)
         return self._work.publish(found, change=None)
 
-    # Private
-
     def _next(self, found: model.Instance) -> tuple[Owned, model.Volume | None] | None:
-        return _first(self._work.owned(), _named(found), _holders(found))
+        owned, lent = self._work.owned(), self._work.lent()
+        return _first(owned, _named(found), _holders(found), lent)
 
     def _begin(
         self, found: model.Instance, backend: base.Backend, above: model.Volume
@@ -158,14 +173,20 @@ class Tidying:
                     backend.persist(below.pool, below.name)
                     work.foretell(merged)
 
-            is_done = work.states.merge(work.uuid, disk, top, base_path, told)
+            is_done = work.states.merge(
+                work.uuid, disk, top, base_path, told, self._progress
+            )
             self._demand_merged(is_done, top)
+            backend.persist(below.pool, below.name)
             return
         arch = domainxml.arch(work.states.xml(work.uuid))
         # The one that stands on it, if any: QEMU writes into it what it stands on then.
         head = next(iter(_standing_on(self._work.owned(), backend, above)), above)
-        with work.states.stand_in(backend.layers(head.name), arch) as uuid:
-            self._demand_merged(work.states.merge(uuid, "vda", top, base_path), top)
+        with work.states.stand_in(work.uuid, backend.layers(head.name), arch) as uuid:
+            is_done = work.states.merge(
+                uuid, "vda", top, base_path, progress=self._progress
+            )
+            self._demand_merged(is_done, top)
         backend.persist(below.pool, below.name)
 
     def _demand_merged(self, is_done: bool, top: str) -> None:
@@ -214,16 +235,19 @@ def _holders(found: model.Instance) -> Names:
 
 
 def _first(
-    owned: list[Owned], named: Names, holders: Names
+    owned: list[Owned], named: Names, holders: Names, lent: Names
 ) -> tuple[Owned, model.Volume | None] | None:
-    """Return a volume that nobody names, and the one layer on it, if there is one."""
+    """Return a volume that nobody names, and the one layer on it, if there is one.
+
+    Neither of them one that another instance's volumes stand on.
+    """
     for backend, volume in owned:
-        if (backend.name, volume.name) in named or not _is_ours(volume):
+        if (backend.name, volume.name) in named | lent or not _is_ours(volume):
             continue
         above = _standing_on(owned, backend, volume)
         if not above and (backend.name, volume.name) not in holders:
             return (backend, volume), None
-        if len(above) != 1 or (backend.name, above[0].name) in holders:
+        if len(above) != 1 or (backend.name, above[0].name) in holders | lent:
             continue
         if len(_standing_on(owned, backend, above[0])) <= 1:
             return (backend, volume), above[0]

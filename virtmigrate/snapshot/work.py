@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all changes of snapshots do: records, layers, states, configuration."""
 
+import itertools
 import uuid as uuids
 from collections.abc import Callable, Iterable
 
 import msgspec
 
 from virtmigrate import domainstate, domainxml, errors, model, node, snapshottree
-from virtmigrate.backends import base
-from virtmigrate.formats import DiskFormat
+from virtmigrate.backends import base, making
 from virtmigrate.instance import Power
 from virtmigrate.model import Role, VolumeState
 from virtmigrate.snapshottree import Memory, Place, Snapshot, Taken
@@ -69,6 +69,20 @@ class Work:
             for stored in backend.catalog.all(strict=True)
             if stored.body.owner == self.uuid
         ]
+
+    def lent(self) -> set[tuple[str, str]]:
+        """Return (backend, volume) of what volumes of other owners stand on.
+
+        Raises as owned().
+        """
+        return {
+            (backend.name, below)
+            for backend in self.here.up()
+            for stored in backend.catalog.all(strict=True)
+            if stored.body.owner != self.uuid
+            for below in (stored.body.backing, stored.body.parent)
+            if below is not None
+        }
 
     def taken(self) -> Taken:
         """Return what the guest does; InvalidState for what cannot be frozen."""
@@ -141,13 +155,18 @@ class Work:
             raise self.refused(doing, f"a block job works on {', '.join(busy)}")
         return found
 
-    def demand_unsaved(self, doing: str) -> None:
-        """Refuse what would change the disks that a saved guest goes on with."""
+    def demand_unsaved(self, doing: str, remedy: str | None = None) -> None:
+        """Refuse what would change the disks that a saved guest goes on with.
+
+        Arguments:
+            remedy: what to do where it cannot just be resumed.
+        """
         if self.states.power(self.uuid) is Power.SAVED:
             raise self.refused(
                 doing,
-                "the guest is saved, with the disks that it has now: resume it first, "
-                "or drop its memory (`virsh managedsave-remove`)",
+                remedy
+                or "the guest is saved, with the disks that it has now: resume "
+                "it first, or drop its memory (`virsh managedsave-remove`)",
             )
 
     # Layers
@@ -157,21 +176,15 @@ class Work:
     ) -> model.Volume:
         """Return the record of a layer that is to be made over a volume."""
         base_volume = self.own(ref.backend, below)
-        directory = base_volume.path.rpartition("/")[0]
         name = f"{prefix}-{ref.target}" if prefix else ref.target
-        name = f"{name}.{operation}"
-        return model.Volume(
-            name=name,
-            pool=base_volume.pool,
-            path=f"{directory}/{name}",
-            format=DiskFormat.QCOW2,
+        return making.layer_over(
+            base_volume,
+            f"{name}.{operation}",
             role=ref.role,
             size=base_volume.size,
-            state=VolumeState.INCOMPLETE,
             owner=self.uuid,
             operation=operation,
             origin=self.here.name,
-            backing=base_volume.name,
         )
 
     def make_layers(self, layers: Layers) -> None:
@@ -199,6 +212,18 @@ class Work:
         for backend, volume in self.owned():
             if volume.operation == operation and volume.name.endswith(f".{operation}"):
                 backend.remove(volume.name)
+
+    def drop_disk(self, ref: model.DiskRef) -> None:
+        """Remove a volume that is no disk any more; can be called again.
+
+        One that layers stand on is tidied up as they are.
+        """
+        backend = self.backend(ref)
+        stored = backend.volumes.find(ref.volume)
+        if stored is None or stored.body.owner != self.uuid:
+            return
+        if not backend.users(ref.volume):
+            backend.remove(ref.volume)
 
     # Configuration
 
@@ -259,6 +284,23 @@ class Work:
             memory=snapshot.memory is Memory.INTERNAL,
         )
 
+    def restate(self, disks: Iterable[snapshottree.FrozenDisk]) -> None:
+        """Have headers name the chains that records say, of an instance that is off.
+
+        libvirt 9.0 works inside of its volumes by qemu-img then, which opens what they
+        name: after a move that may be nothing, or somebody else's. Raises
+        SnapshotRefused for a header that cannot be written.
+        """
+        for disk in disks:
+            backend = self.backend(disk)
+            chain = backend.chain(disk.volume)
+            for above, below in itertools.pairwise(chain):
+                try:
+                    pool = backend.pool(above.pool)
+                    pool.restate(above.name, backend.path(below), below.format.value)
+                except ValueError as e:
+                    raise self.refused("a change inside", f"{above.name}: {e}") from e
+
     def drop_states(self, snapshot: Snapshot) -> None:
         """Drop what backends and volumes keep of a snapshot; can be called again."""
         for disk in snapshot.disks:
@@ -269,6 +311,8 @@ class Work:
             return
         tops = {} if self.states.is_off(self.uuid) else self.states.tops(self.uuid)
         paths = {disk.target: self._path(disk) for disk in inside}
+        if not tops:
+            self.restate(inside)
         if not tops or all(tops.get(each) == path for each, path in paths.items()):
             self.states.drop_inside(self.uuid, self.described(snapshot))
             return
@@ -284,7 +328,8 @@ class Work:
         """Drop a state inside of a volume that the guest does not run with."""
         states = self.states
         arch = domainxml.arch(states.xml(self.uuid))
-        with states.stand_in(self.backend(disk).layers(disk.volume), arch) as uuid:
+        chain = self.backend(disk).layers(disk.volume)
+        with states.stand_in(self.uuid, chain, arch) as uuid:
             described = domainstate.inside_xml(
                 snapshot.id,
                 snapshot.created,
