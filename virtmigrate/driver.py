@@ -21,6 +21,7 @@ from virtmigrate import (
     receiver,
     snapshot,
     takeover,
+    transient,
 )
 from virtmigrate.conf import register
 from virtmigrate.face import images, instances, live, moves
@@ -126,4 +127,6 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
         left += self.live.recover()
-        return [*left, *self._source.recover(), *self._target.recover()]
+        left += [*self._source.recover(), *self._target.recover()]
+        # Last: a move that is put back may need what its guest wrote.
+        return [*left, *transient.settle(self.node, self._source.demand_none)]

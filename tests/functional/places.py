@@ -131,6 +131,7 @@ SHARE = {
     r"test_lvm\.py.*(_goes_on_|_from_a_|_between_|_layers_|_resized_)": 0,
     r"test_sandbox_machine\.py": 0,
     r"test_snapshot_kills\.py": 6,
+    r"test_transient_kills\.py": 2,
     r"test_snapshot_rbd\.py::test_killed": 2,
     r"test_snapshot_branches\.py::test_a_failure": 3,
     r"test_an_active_layer_comes_to_stand_alone": 2,

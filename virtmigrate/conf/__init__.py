@@ -14,7 +14,15 @@ from pathlib import Path
 from oslo_config import cfg
 
 from virtmigrate import errors
-from virtmigrate.conf import cache, host, image, live, snapshot, transfer
+from virtmigrate.conf import (
+    cache,
+    host,
+    image,
+    live,
+    snapshot,
+    transfer,
+    transient,
+)
 from virtmigrate.conf.backend import backend_opts as backend_opts
 from virtmigrate.conf.backend import kind_opts as kind_opts
 from virtmigrate.conf.cache import limit_opts as limit_opts
@@ -31,6 +39,7 @@ ALL_HOST_OPTS = [
     *cache.cache_opts,
     *snapshot.snapshot_opts,
     *live.live_opts,
+    *transient.transient_opts,
 ]
 
 
