@@ -73,6 +73,11 @@ class Planner:
             raise self._refused(
                 "the move that brought it is neither confirmed nor lost"
             )
+        if thrown := [ref.target for ref in record.disks if ref.transient]:
+            raise self._refused(
+                f"{', '.join(thrown)} is transient: what its guest wrote there does not "
+                "go along. Only a cold move takes it, which drops that"
+            )
         original = inspection.inspect(here, record)
         if original.power == Power.OFF.value:
             raise self._refused("it is off: only a cold move takes it")
