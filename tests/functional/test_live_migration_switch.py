@@ -12,7 +12,8 @@ import pytest
 
 from tests.functional import livehosts, test_cli
 from tests.functional.conftest import World
-from virtmigrate import errors
+from virtmigrate import errors, transient
+from virtmigrate.backends.dir import DirBackend
 from virtmigrate.livemigration.departure import Departure
 
 
@@ -106,6 +107,36 @@ def test_the_source_cannot_ask_after_the_switch(hosts: World, before: Before) ->
     b.host.link(up=True)
     assert livehosts.settle(hosts) == []
     hosts.expect_one(instance, b)
+
+
+def test_the_source_keeps_its_copy_until_the_other_is_durable(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    livehosts.accept(world)
+    instance, a, b = world.spawn(world.a), world.a, world.b
+    disk = a.disk(instance)
+    with monkeypatch.context() as patch:
+        patch.setattr(DirBackend, "persist", lambda *_: False)
+        a.driver.live.migrate(instance.uuid, b.host.name)
+        assert b.state_of(instance) == "running"
+        (owed,) = a.driver.live.recover()
+        assert "not durable yet" in owed or "taken" in owed
+        assert disk.exists()
+    assert livehosts.settle(world) == []
+    assert not disk.exists()
+    world.expect_one(instance, b)
+
+
+def test_a_transient_disk_stays_where_it_is(world: World) -> None:
+    livehosts.accept(world)
+    instance, a, b = world.spawn(world.a), world.a, world.b
+    a.driver.power_off(instance)
+    node, demand = a.driver.node, a.driver._source.demand_none
+    transient.declare(node, instance.uuid, "vda", True, demand)
+    a.driver.power_on(None, instance)
+    with pytest.raises(errors.MigrationRefused, match="vda is transient"):
+        a.driver.live.migrate(instance.uuid, b.host.name)
+    assert a.state_of(instance) == "running"
 
 
 def test_no_room_at_the_peer(world: World) -> None:

@@ -5,7 +5,6 @@ A transfer's record lies where peers can write. What this host waits for it know
 a journal of its own; nothing is done for a transfer that it did not note there.
 """
 
-import contextlib
 import time
 from pathlib import Path
 
@@ -191,7 +190,11 @@ class Arrivals:
             raise self._not_ours(
                 stored.body, f"it is {stored.body.state.value}, or was not awaited"
             )
-        _Arrival(self._here, stored, journal).arrive()
+        if not _Arrival(self._here, stored, journal).arrive():
+            # Its source keeps what it has until then.
+            raise self._not_ours(
+                stored.body, "it goes on here, and its volumes are not durable yet"
+            )
         self._publish(stored, TransferState.SETTLED)
         journal.close()
         self.disallow(stored.body.instance)
@@ -243,7 +246,8 @@ class _Arrival:
         transfers = self._here.mailbox.transfers
         transfers.publish(self._stored.name, body, after=self._stored.generation)
 
-    def arrive(self) -> None:
+    def arrive(self) -> bool:
+        """Have it here; tell whether all that was sent is durable."""
         self._journal.done("taken")
         wanted = _wanted(self._transfer)
         here = msgspec.structs.replace(
@@ -258,8 +262,7 @@ class _Arrival:
         if self._here.own_record(self._uuid) != here:
             self._here.publish_instance(here)
         self._start(here, wanted)
-        for volume in self._sent():
-            self._prove(volume)
+        return all([self._prove(volume) for volume in self._sent()])  # noqa: C419
 
     def remove(self) -> None:
         self._domains.kill(self._uuid)
@@ -343,19 +346,18 @@ class _Arrival:
                 pass
         self._journal.done("started")
 
-    def _prove(self, volume: model.TransferVolume) -> None:
-        """Say that a volume is usable, and durable: libvirt said that it was filled."""
+    def _prove(self, volume: model.TransferVolume) -> bool:
+        """Say that a volume is usable: libvirt said that it was filled; tell whether it
+        is durable. StorageError: its source keeps what it has."""
         backend = self._here.backend(volume.backend)
         found = backend.volumes.read(volume.name).body
-        if found.state is VolumeState.INCOMPLETE:
-            durable = False
-            with contextlib.suppress(errors.StorageError):
-                durable = backend.persist(found.pool, found.name)
-            backend.update(
-                msgspec.structs.replace(
-                    found, state=VolumeState.USABLE, durable=durable
-                )
-            )
+        if found.durable:
+            return True
+        durable = backend.persist(found.pool, found.name)
+        backend.update(
+            msgspec.structs.replace(found, state=VolumeState.USABLE, durable=durable)
+        )
+        return durable
 
 
 def _wanted(transfer: model.Transfer) -> model.Instance:

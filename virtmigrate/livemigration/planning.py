@@ -75,8 +75,8 @@ class Planner:
             )
         if thrown := [ref.target for ref in record.disks if ref.transient]:
             raise self._refused(
-                f"{', '.join(thrown)} is transient: what its guest wrote there does not "
-                "go along. Only a cold move takes it, which drops that"
+                f"{', '.join(thrown)} is transient: what its guest wrote there does "
+                "not go along. Only a cold move takes it, which drops that"
             )
         original = inspection.inspect(here, record)
         if original.power == Power.OFF.value:
