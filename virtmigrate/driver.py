@@ -15,9 +15,11 @@ from virtmigrate import (
     events,
     imagecache,
     inventory,
+    livesnapshot,
     node,
     peers,
     periodic,
+    quiescing,
     receiver,
     snapshot,
     takeover,
@@ -70,6 +72,10 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         self._source = source.Source(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self._source.demand_none)
         self._target = target.Target(self._node)
+        self._quiescing = quiescing.Quiescing(self._node.agents, self._node.name)
+        self.saves = livesnapshot.Images(
+            self._node, self.snapshots, self.images, self._source.demand_none
+        )
         self.settle()
         if self._node.options.receiver:
             serving = self._target.actions()
@@ -88,6 +94,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
+        left += self.saves.recover()
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:
@@ -98,6 +105,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
             self._receiver.stop()
             self._receiver = None
         if self._node is not None:
+            self._quiescing.close()
             self._peers.close()
             self._node.close()
 

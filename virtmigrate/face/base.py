@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 from oslo_config import cfg
 
-from virtmigrate import errors, imagecache, node, peers, snapshot
+from virtmigrate import (
+    errors,
+    imagecache,
+    livesnapshot,
+    node,
+    peers,
+    quiescing,
+    snapshot,
+)
 from virtmigrate.migration import source, target
 from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
@@ -20,8 +28,10 @@ class Base:
     _peers: peers.Peers
     _source: source.Source
     _target: target.Target
+    _quiescing: quiescing.Quiescing
     images: imagecache.Caches
     snapshots: snapshot.Snapshots
+    saves: livesnapshot.Images
 
     @property
     def node(self) -> node.Node:

@@ -238,6 +238,7 @@ class Snapshots:
 
     def _delete(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
         found = work.demand_idle("deleting")
+        self._demand_unread(work, gone)
         for each in gone:
             self._demand_droppable(work, each)
         ids = tuple(each.id for each in gone)
@@ -245,6 +246,16 @@ class Snapshots:
             what=Changing.DELETING, operation=new_operation(), gone=ids
         )
         self._drop(work, work.publish(found, change=change))
+
+    def _demand_unread(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
+        """Refuse to merge layers that somebody may be reading."""
+        read = snapshottree.images(work.found.snapshots)
+        others = [each.name for each in read if each not in gone]
+        if others and gone:
+            raise work.refused(
+                "deleting",
+                f"an image is being made of it ({', '.join(others)}): wait for that",
+            )
 
     def _demand_droppable(self, work: Work, snapshot: Snapshot) -> None:
         for disk in snapshot.disks:
