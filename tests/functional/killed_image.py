@@ -15,7 +15,7 @@ from tests.functional import killed
 from virtmigrate import domainstate, journal, merging, record, sinks, storagepool
 from virtmigrate.backends import making
 from virtmigrate.instance import Domains
-from virtmigrate.livesnapshot import Target, Wanted
+from virtmigrate.livesnapshot import Target, Wanted, cached, packing
 from virtmigrate.sinks import glance
 
 POINTS: list[killed.Point] = [
@@ -28,7 +28,7 @@ POINTS: list[killed.Point] = [
     (merging, "_pivot"),
     *(
         (sink, name)
-        for sink in (sinks.FileSink, glance.GlanceSink)
+        for sink in (sinks.FileSink, glance.GlanceSink, cached.CacheSink)
         for name in ("begin", "prove", "publish")
     ),
 ]
@@ -37,6 +37,8 @@ LASTING: list[killed.Point] = [
     (merging, "_commit"),
     (sinks.FileSink, "take"),
     (glance.GlanceSink, "take"),
+    (cached.CacheSink, "take"),
+    (packing.Packer, "_run"),
 ]
 
 
@@ -46,7 +48,7 @@ def main() -> None:
     killer = killed.Killer(plan["point"])
     killer.arm_before(POINTS, LASTING)
     target = msgspec.convert(plan["target"], Target)
-    driver.saves.save(plan["instance"], Wanted(target=target, format=plan["format"]))
+    driver.saves.save(plan["instance"], Wanted(target=target, **plan["options"]))
     killer.end()
     print(killer.count)
 

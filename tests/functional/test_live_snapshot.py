@@ -14,7 +14,7 @@ from tests.functional import guestdisk
 from tests.functional.conftest import Node, World
 from tests.functional.test_agent import wait_for
 from virtmigrate import consistency, errors, livesnapshot, snapshottree
-from virtmigrate.livesnapshot import Kind, Target, Wanted, outgoing
+from virtmigrate.livesnapshot import Kind, Target, Wanted, outgoing, packing
 from virtmigrate.progress import Progress, Report
 from virtmigrate.snapshot import Return
 from virtmigrate.snapshot import Wanted as Snapshot
@@ -163,6 +163,45 @@ def test_the_guest_goes_on_and_the_image_boots(world: World, tmp_path: Path) -> 
     console = a.host.logs / f"qemu/virtmigrate-{other.uuid}.log"
     wait_for(lambda: len(guests.beats(console)) > 1, 90)
     assert guests.boots(console) == [log.last + 1]
+
+
+def test_compressed(world: World, instance: Any, tmp_path: Path) -> None:
+    """Of a chain, whose data compresses well; staged, and proven by its content."""
+    a, path = world.a, tmp_path / "saved.qcow2"
+    a.driver.snapshots.create(instance.uuid, Snapshot("old"))
+    for offset in range(3 * MiB, 6 * MiB, 64 * KiB):
+        guestdisk.write(a, instance, 5, offset=offset)
+    expected = world.read(a, instance)
+    plain = save(a, instance, to_file(tmp_path / "plain"))[0].size
+    (saved,) = save(a, instance, to_file(path, compress=True))
+    assert raw_of(path, "qcow2", tmp_path) == expected
+    assert saved.size == path.stat().st_size < plain - 2 * MiB
+    assert list((a.state / "staging").iterdir()) == []
+    with pytest.raises(errors.ConfigurationError, match="only qcow2"):
+        save(a, instance, to_file(tmp_path / "no", "raw", compress=True))
+    a.driver.snapshots.delete(instance.uuid, "old")
+    expect_clean(a, instance)
+
+
+def test_what_was_compressed_is_compared(
+    world: World, instance: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tool that writes something else makes no image."""
+    run = packing.Packer._run
+
+    def spoiled(packer: packing.Packer, *args: Any) -> None:
+        run(packer, *args)
+        path = next(each for each in args if isinstance(each, Path))
+        argv = ["qemu-io", "-f", "qcow2", "-c", "write -P 1 2M 64k", str(path)]
+        subprocess.run(argv, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+    monkeypatch.setattr(packing.Packer, "_run", spoiled)
+    with pytest.raises(errors.ImageNotSaved) as caught:
+        save(world.a, instance, to_file(tmp_path / "saved", compress=True))
+    assert isinstance(caught.value.__cause__, errors.VerificationFailed)
+    assert list(tmp_path.glob("*saved*")) == []
+    assert list((world.a.state / "staging").iterdir()) == []
+    expect_clean(world.a, instance)
 
 
 def test_power_changes_meanwhile_do_no_harm(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,24 @@ from tests.unit import imageservice
 from virtmigrate.livesnapshot import Kind, Target
 
 SEED = 20
-FEW = 3
-"""Points of each that `make test` kills at."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked for, and at how many points `make test` kills it."""
+
+    kind: Kind
+    few: int
+    fmt: str = "qcow2"
+    compress: bool = False
+
+
+CASES = {
+    "file": Case(Kind.FILE, 2),
+    "glance": Case(Kind.SERVICE, 2),
+    "compressed": Case(Kind.FILE, 1, compress=True),
+    "cache": Case(Kind.CACHE, 1, "raw"),
+}
 
 
 @pytest.fixture
@@ -41,54 +58,61 @@ def service(
         yield found
 
 
-@pytest.mark.parametrize("kind", [Kind.FILE, Kind.SERVICE], ids=lambda each: each.value)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.timeout(3600)
 def test_killed(
     world: World,
     service: imageservice.Service,
     request: pytest.FixtureRequest,
-    kind: Kind,
+    name: str,
 ) -> None:
     world.a.overrides["image_service_cloud"] = "here"
-    count = run(world, service, kind, 0)
+    case = CASES[name]
+    count = run(world, service, case, 0)
     assert count >= 15
     part, parts = map(int, request.config.getoption("--part").split("/"))
     points = [point for point in range(1, count + 1) if point % parts == part]
     if not request.config.getoption("--full"):
-        points = random.Random(f"{SEED}{kind}").sample(points, FEW)
+        points = random.Random(f"{SEED}{name}").sample(points, case.few)
     for point in points:
         try:
-            run(world, service, kind, point)
+            run(world, service, case, point)
         except BaseException as e:
-            e.add_note(f"killed at point {point} of {count}: {kind.value}")
+            e.add_note(f"killed at point {point} of {count}: {name}")
             raise
 
 
 # Private
 
 
-def run(world: World, service: imageservice.Service, kind: Kind, point: int) -> int:
+def run(world: World, service: imageservice.Service, case: Case, point: int) -> int:
     """Kill at a point, recover as a compute service would, and check."""
     world.a.new_driver()
     instance = world.spawn(world.a)
     guestdisk.write(world.a, instance, 7)
-    path = world.tmp / "saved"
-    where = str(path) if kind is Kind.FILE else str(uuid.uuid4())
-    target = Target(kind=kind, where=where, name="saved")
-    result = run_killed(world, instance, target, point)
+    where = {
+        Kind.FILE: str(world.tmp / "saved"),
+        Kind.SERVICE: str(uuid.uuid4()),
+        Kind.CACHE: "local",
+    }
+    target = Target(kind=case.kind, where=where[case.kind], name="saved")
+    result = run_killed(world, instance, target, case, point)
     assert result.returncode in ((0, -signal.SIGKILL) if point else (0,)), result.stderr
     guestdisk.write(world.a, instance, 9)
     world.a.new_driver()
     expect_clean(world.a, instance)
     assert guestdisk.byte(world, instance) == 9
-    expect_whole_or_gone(world, service, target, is_whole=result.returncode == 0)
+    expect_whole_or_gone(
+        world, service, target, case.fmt, is_whole=result.returncode == 0
+    )
     world.a.driver.destroy(None, instance, None)
-    assert world.a.files() == []
+    # What tells that a slot was lost goes when it is old.
+    assert [each for each in world.a.files() if "image-" not in each] == []
     return int(result.stdout or 0)
 
 
 def run_killed(
-    world: World, instance: Any, target: Target, point: int
+    world: World, instance: Any, target: Target, case: Case, point: int
 ) -> "subprocess.CompletedProcess[str]":
     node = settings(world.a)
     node["values"]["image_service_cloud"] = "here"
@@ -96,7 +120,7 @@ def run_killed(
         "node": node,
         "instance": instance.uuid,
         "target": msgspec.to_builtins(target),
-        "format": "qcow2",
+        "options": {"format": case.fmt, "compress": case.compress},
         "point": point,
     }
     path = world.tmp / "plan.json"
@@ -106,14 +130,27 @@ def run_killed(
 
 
 def expect_whole_or_gone(
-    world: World, service: imageservice.Service, target: Target, *, is_whole: bool
+    world: World,
+    service: imageservice.Service,
+    target: Target,
+    fmt: str,
+    *,
+    is_whole: bool,
 ) -> None:
     path = world.tmp / "saved"
     if target.kind is Kind.SERVICE and target.where in service.images:
         assert service.images[target.where]["status"] == "active"
         path.write_bytes(service.data[target.where])
+    cache = world.a.driver.images.of(world.a.driver.node.files)
+    for cached in cache.shelf.all():
+        assert cached.origin.pinned
+        path.write_bytes(Path(cached.volume.path).read_bytes())
+        cache.pin(cached, pinned=False)
+        cache.remove(cache.shelf.all()[0])
     assert path.exists() or not is_whole
     if path.exists():
-        assert raw_of(path, "qcow2", world.tmp)[guestdisk.OFFSET] == 7
+        assert raw_of(path, fmt, world.tmp)[guestdisk.OFFSET] == 7
         path.unlink()
     assert list(world.tmp.glob(".saved*")) == []
+    staging = world.a.state / "staging"
+    assert not staging.exists() or list(staging.iterdir()) == []

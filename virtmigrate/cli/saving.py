@@ -47,6 +47,12 @@ class Save(command.Lister):
             choices=["raw", "qcow2"],
             help="default: image_save_format, or raw for a cache",
         )
+        parser.add_argument(
+            "--compress",
+            action="store_true",
+            default=None,
+            help="a smaller qcow2 image, after some time; default: image_save_compress",
+        )
         _add_disks(parser)
         _add_limits(parser)
         command.add_override(parser)
@@ -86,6 +92,10 @@ def wanted(
     options = here.options
     is_cache = target.kind is Kind.CACHE
     default = "raw" if is_cache else options.image_save_format
+    fmt = parsed_args.image_format or default
+    compress = parsed_args.compress
+    if compress is None:
+        compress = options.image_save_compress and fmt == "qcow2"
     bandwidth, timeout = parsed_args.bandwidth, parsed_args.timeout
     if bandwidth is None:
         bandwidth = options.image_save_bandwidth_mib
@@ -97,7 +107,8 @@ def wanted(
     )
     return Wanted(
         target=named,
-        format=parsed_args.image_format or default,
+        format=fmt,
+        compress=compress,
         all_disks=parsed_args.all_disks,
         quiesce=Quiesce.DEMAND if parsed_args.quiesce else Quiesce.NO,
         trim=parsed_args.trim,

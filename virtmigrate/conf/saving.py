@@ -12,6 +12,13 @@ saving_opts = [
         "A qcow2 image has only the data; of a raw one all zeros are sent to an image "
         "service, too, but a disk can be cloned from it at once.",
     ),
+    cfg.BoolOpt(
+        "image_save_compress",
+        default=False,
+        help="Compress qcow2 images that are made of instances, unless the caller says "
+        "it. It takes a processor's time, and room in image_staging_path for one "
+        "image; disks in Ceph and LVM cannot be compressed.",
+    ),
     cfg.IntOpt(
         "image_save_timeout",
         default=14400,

@@ -102,8 +102,10 @@ class Images(base.Base):
             name=str(getattr(instance, "name", "") or instance.uuid),
             is_new=False,
         )
+        fmt = options.get("format", self.node.options.image_save_format)
         asked: dict[str, Any] = {
-            "format": self.node.options.image_save_format,
+            "format": fmt,
+            "compress": self.node.options.image_save_compress and fmt == "qcow2",
             "quiesce": mapping.quiescing(getattr(instance, "image_meta", None)),
             "bandwidth": self.node.options.image_save_bandwidth_mib * MiB,
             "timeout": float(self.node.options.image_save_timeout),

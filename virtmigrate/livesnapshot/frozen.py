@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, guestview, model, node, reading, snapshot, snapshottree
+from virtmigrate import (
+    domainxml,
+    errors,
+    guestview,
+    model,
+    node,
+    reading,
+    snapshot,
+    snapshottree,
+)
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
 from virtmigrate.livesnapshot.terms import Quiesce, Wanted
@@ -37,6 +46,8 @@ class Still:
 
     target: str
     source: reading.Source
+    layers: tuple[domainxml.Layer, ...] = ()
+    """The chain that it is, top first; none where a backend keeps a state."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class Freezer:
         work = Work(self._here, uuid, self._demand_no_move)
         refs = {ref.target: ref for ref in work.demand_idle("an image").disks}
         disks = tuple(
-            Still(target, self._stored(refs[target].backend, refs[target].volume))
+            self._stored(target, refs[target].backend, refs[target].volume)
             for target in targets
         )
         return Frozen(disks, OFF)
@@ -165,17 +176,17 @@ class Freezer:
         if disk.place is snapshottree.Place.OWN:
             backend = self._here.backend(disk.backend)
             return Still(target, backend.state(disk.volume, made.id, disk.size))
-        return Still(target, self._stored(disk.backend, disk.volume))
+        return self._stored(target, disk.backend, disk.volume)
 
-    def _stored(self, name: str, volume: str) -> reading.Source:
+    def _stored(self, target: str, name: str, volume: str) -> Still:
         """Return what a guest sees of a volume and all below it."""
         backend = self._here.backend(name)
-        chain = backend.chain(volume)
+        chain, layers = backend.chain(volume), backend.layers(volume)
         top = chain[0]
         if len(chain) == 1 and top.format is DiskFormat.RAW:
             size = backend.pool(top.pool).physical(top.name)
-            return backend.source(top, size)
-        return guestview.GuestView(backend.layers(volume), top.size)
+            return Still(target, backend.source(top, size), layers)
+        return Still(target, guestview.GuestView(layers, top.size), layers)
 
 
 # Private

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of disks that stand still, into their sinks, proven."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import errors, journal, limit, node, sinks
+from virtmigrate.livesnapshot import packing
 from virtmigrate.livesnapshot.frozen import Frozen, Still
 from virtmigrate.livesnapshot.outgoing import Outgoing
 from virtmigrate.livesnapshot.places import Places
@@ -30,7 +33,7 @@ class Saving:
         wanted: Wanted,
         progress: Progress,
     ) -> None:
-        self._host = here.name
+        self._here = here
         self._places = places
         self._operation = operation
         self._wanted = wanted
@@ -43,6 +46,10 @@ class Saving:
 
         Raises ConfigurationError, ImageNotTaken where that is nowhere.
         """
+        if self._wanted.compress and self._wanted.format != "qcow2":
+            raise errors.ConfigurationError(
+                reason=f"a {self._wanted.format} image cannot be compressed, only qcow2"
+            )
         first, *others = disks
         target = self._wanted.target
         found = {first: target, **{disk: target.beside(disk) for disk in others}}
@@ -92,15 +99,13 @@ class Saving:
         self, sink: sinks.Sink, disk: Still, target: Target, consistency: str
     ) -> tuple[Saved, str]:
         """Send one disk and prove its image; return it, with the sink's mark."""
-        with disk.source as source:
-            self._progress.phase(f"looking at {disk.target}")
-            image = Outgoing(source, self._wanted.format, self)
+        with self._outgoing(disk) as image:
             sink.begin(
                 sinks.Announced(
                     name=target.name,
                     format=self._wanted.format,
                     size=image.size,
-                    virtual_size=source.size,
+                    virtual_size=disk.source.size,
                     properties=self._wanted.properties,
                 )
             )
@@ -113,8 +118,23 @@ class Saving:
             place=sink.place,
             format=self._wanted.format,
             size=image.size,
-            virtual_size=source.size,
+            virtual_size=disk.source.size,
             consistency=consistency,
             digest=f"{sink.algorithm}:{image.digest(sink.algorithm)}",
         )
         return made, mark
+
+    @contextlib.contextmanager
+    def _outgoing(self, disk: Still) -> Iterator[Outgoing]:
+        """Open a disk, as the bytes of its image."""
+        wanted = self._wanted
+        if not wanted.compress:
+            with disk.source as source:
+                self._progress.phase(f"looking at {disk.target}")
+                yield Outgoing(source, wanted.format, self)
+            return
+        packer = packing.Packer(self._here, self._operation, self._progress, self.check)
+        left = max(1.0, self._deadline - time.monotonic())
+        with packer.packed(disk, wanted.bandwidth, left) as made, made as source:
+            # Its bytes are sent as they are.
+            yield Outgoing(source, "raw", self)

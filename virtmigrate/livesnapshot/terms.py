@@ -74,6 +74,8 @@ class Wanted:
     """Of its root disk."""
     format: str
     """raw or qcow2."""
+    compress: bool = False
+    """A qcow2 image is compressed, which takes room for one in staging."""
     all_disks: bool = False
     """One of each disk that the guest writes to, all of the same moment."""
     quiesce: Quiesce = Quiesce.NO
