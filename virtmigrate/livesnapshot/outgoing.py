@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk that stands still, as the bytes of an image, from the first to the last.
 
-Ranges are read ahead by a few threads. The last piece goes when it is known that the
-disk did not change: before that no sink has a whole image.
+Ranges are read ahead, by a few threads or by the kernel. The last piece goes when it is
+known that the disk did not change: before that no sink has a whole image.
 """
 
 import collections
@@ -118,7 +118,12 @@ class Outgoing:
                 yield from _split(data.ljust(end - start, b"\0"))
 
     def _read(self, spans: Iterator[Span]) -> Read:
-        """Yield each span with its bytes, None for zeros; read by some threads."""
+        """Yield each span with its bytes, None for zeros."""
+        if isinstance(self._source, reading.FileSource):
+            # The kernel reads ahead: a thread would only wait for its turn.
+            for span in spans:
+                yield span, self._piece(*span)
+            return
         waiting: collections.deque[tuple[Span, _Promise]] = collections.deque()
         # Through libvirt each thread fetches far more than it is asked for.
         is_far = isinstance(self._source, reading.VolumeSource)
