@@ -298,6 +298,20 @@ def test_its_snapshot_deleted_by_hand_is_no_image(
     assert guestdisk.byte(world, instance) == 9
 
 
+def test_what_another_host_left_is_in_nobodys_way(
+    world: World, instance: Any, tmp_path: Path
+) -> None:
+    """A snapshot without its operation: moves wait until it is deleted by its name."""
+    a = world.a
+    left = Snapshot("image-left", by=snapshottree.IN_THE_MAKING + "elsewhere")
+    a.driver.snapshots.create(instance.uuid, left)
+    save(a, instance, to_file(tmp_path / "saved"))
+    with pytest.raises(errors.MigrationRefused, match="an image is being made"):
+        world.migrate(instance)
+    a.driver.snapshots.delete(instance.uuid, "image-left")
+    expect_clean(a, instance)
+
+
 def test_cancelled(world: World, instance: Any, tmp_path: Path, gate: Gate) -> None:
     a, path = world.a, tmp_path / "saved.qcow2"
     gate.run(lambda: save(a, instance, to_file(path)))

@@ -70,26 +70,35 @@ class Images:
         """
         progress, options = progress or Progress(), self._here.options
         progress.phase("waiting for other images")
-        with self._here.locks.slot(
-            "image-save", options.image_save_max, options.queue_timeout, progress.check
+        with (
+            self._here.locks.slot(
+                "image-save",
+                options.image_save_max,
+                options.queue_timeout,
+                progress.check,
+            ),
+            self._here.locks.only(_lock(uuid)) as is_alone,
         ):
-            operation = new_operation()
-            with self._alone(uuid), self._here.locks.only(_lock(operation)):
-                return self._save(uuid, operation, wanted, progress)
+            if not is_alone:
+                raise errors.InstanceBusy(
+                    instance=uuid,
+                    host=self._here.name,
+                    reason="another image is being made of it",
+                )
+            return self._save(uuid, new_operation(), wanted, progress)
 
     def recover(self) -> list[str]:
         """Clear away what killed processes left; return what remains, and why."""
         left = []
         for found in journal.load_all(self._directory):
-            with self._here.locks.only(_lock(found.operation)) as is_idle:
+            with self._here.locks.only(_lock(_instance(found))) as is_idle:
                 # It may have ended until we had the lock.
                 if not is_idle or not found.path.exists():
                     continue
                 try:
                     noted = journal.Journal.load(found.path)
                     if noted is not None:
-                        with self._alone(str((noted.facts("begun") or {})["instance"])):
-                            self._settle(noted)
+                        self._settle(noted)
                 except Exception as e:
                     # One that stays keeps no other from being cleared away.
                     LOG.warning("operation=%s: %s", found.operation, e)
@@ -97,21 +106,6 @@ class Images:
         return left
 
     # Private
-
-    @contextlib.contextmanager
-    def _alone(self, uuid: str) -> Iterator[None]:
-        """Be the only one who makes images of an instance: InstanceBusy.
-
-        The end of one merges layers that another one would be reading.
-        """
-        with self._here.locks.only(f"image-of-{uuid}") as is_alone:
-            if not is_alone:
-                raise errors.InstanceBusy(
-                    instance=uuid,
-                    host=self._here.name,
-                    reason="another image is being made of it",
-                )
-            yield
 
     def _save(
         self, uuid: str, operation: str, wanted: Wanted, progress: Progress
@@ -178,8 +172,16 @@ class Images:
 # Private
 
 
-def _lock(operation: str) -> str:
-    return f"image-{operation}"
+def _lock(uuid: str) -> str:
+    """Return the lock of who makes images of an instance, or clears them away.
+
+    One at a time: the end of one merges layers that another one would be reading.
+    """
+    return f"image-of-{uuid}"
+
+
+def _instance(noted: journal.Journal) -> str:
+    return str((noted.facts("begun") or {})["instance"])
 
 
 def _begun(noted: journal.Journal) -> Iterator[tuple[Target, str]]:

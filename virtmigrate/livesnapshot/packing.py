@@ -67,8 +67,7 @@ class Packer:
             bandwidth: bytes per second to read with; 0: no limit.
             seconds: that it may take.
 
-        Raises Unsupported for a disk that is no files; ImageNotConverted,
-        VerificationFailed.
+        Raises as demand_files(); ImageNotConverted, VerificationFailed.
         """
         layers = demand_files(disk)
         with staging.opened(self._here, self._operation) as place:
@@ -128,7 +127,11 @@ class Packer:
 
 
 def demand_files(disk: Still) -> tuple[domainxml.Layer, ...]:
-    """Return the files that a disk is; Unsupported if it is something else."""
+    """Return the files that a disk is.
+
+    Raises Unsupported if it is something else, SourceUnreadable for what says that its
+    data lies in yet another file.
+    """
     types = {layer.type for layer in disk.layers}
     if types != {domainxml.SourceType.FILE}:
         raise errors.Unsupported(
@@ -136,6 +139,8 @@ def demand_files(disk: Still) -> tuple[domainxml.Layer, ...]:
             operation=f"compress {disk.target}",
             reason="qemu-img reads files here: save it without compression",
         )
+    if reason := guestview.obstacle(disk.layers, disk.source.size):
+        raise errors.SourceUnreadable(volume=disk.source.name, reason=reason)
     return disk.layers
 
 

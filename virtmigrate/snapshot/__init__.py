@@ -250,11 +250,11 @@ class Snapshots:
     def _demand_unread(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
         """Refuse to merge layers that somebody may be reading."""
         read = snapshottree.images(work.found.snapshots)
-        others = [each.name for each in read if each not in gone]
-        if others and gone:
+        # Who deletes one of these knows what is read.
+        if read and gone and not any(each in read for each in gone):
+            names = ", ".join(each.name for each in read)
             raise work.refused(
-                "deleting",
-                f"an image is being made of it ({', '.join(others)}): wait for that",
+                "deleting", f"an image is being made of it ({names}): wait for that"
             )
 
     def _demand_droppable(self, work: Work, snapshot: Snapshot) -> None:
