@@ -128,6 +128,7 @@ def test_a_file_of_what_the_guest_saw(
     expect_clean(world.a, instance)
 
 
+@pytest.mark.timeout(400)
 def test_the_guest_goes_on_and_the_image_boots(world: World, tmp_path: Path) -> None:
     """Its records are whole, up to a moment of the saving; and so are its own later."""
     a = world.a

@@ -162,6 +162,7 @@ def sh(guest: Guest, script: str) -> None:
         shell.sh(script)
 
 
+@pytest.mark.timeout(300)
 def test_guests_are_quiesced_and_trimmed(
     world: World, service: Service, asked: Asked, tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def expect_trimmed(guest: Guest, tmp: Path) -> None:
     assert sizes[0] > DELETED > sizes[1]
 
 
+@pytest.mark.timeout(300)
 def test_a_guest_stays_frozen_between_two_calls(
     world: World, service: Service, asked: Asked
 ) -> None:
