@@ -71,6 +71,23 @@ class Agents:
             yield
         watch.demand_held(count)
 
+    def trim(self, uuid: str, seconds: int) -> None:
+        """Have the guest discard what its file systems do not use.
+
+        Where the storage cannot discard, nothing happens. Raises AgentNotThere,
+        LibvirtFailed; the guest may have discarded a part then, which does no harm.
+
+        Arguments:
+            seconds: that its agent may take.
+        """
+        self._demand_agent(uuid)
+        with _asked(self._host, uuid, "discarding", seconds) as domain:
+            try:
+                domain.fSTrim(None, 0, 0)
+            finally:
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.agentSetResponseTimeout(_FOR_EVER)
+
     def recover(self) -> list[str]:
         """Thaw what killed processes left frozen; return what may still be."""
         left = []

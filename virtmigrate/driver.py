@@ -15,9 +15,11 @@ from virtmigrate import (
     events,
     imagecache,
     inventory,
+    livesnapshot,
     node,
     peers,
     periodic,
+    quiescing,
     receiver,
     snapshot,
     takeover,
@@ -73,6 +75,10 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         self.live = LiveMigrations(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self.demand_at_rest)
         self._target = target.Target(self._node)
+        self._quiescing = quiescing.Quiescing(self._node.agents, self._node.name)
+        self.saves = livesnapshot.Images(
+            self._node, self.snapshots, self.images, self.demand_at_rest
+        )
         # What may take long waits for the first settling.
         self._recover()
         if self._node.options.receiver:
@@ -99,6 +105,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
             self._receiver.stop()
             self._receiver = None
         if self._node is not None:
+            self._quiescing.close()
             self._peers.close()
             self.live.close()
             self._node.close()
@@ -126,7 +133,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
-        left += self.live.recover()
+        left += [*self.saves.recover(), *self.live.recover()]
         left += [*self._source.recover(), *self._target.recover()]
         # Last: a move that is put back may need what its guest wrote.
         return [*left, *transient.settle(self.node, self._source.demand_none)]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from oslo_config import cfg
+from oslo_utils import strutils
 
-from virtmigrate import domainxml, errors, placement, sources
+from virtmigrate import domainxml, errors, livesnapshot, placement, sources
 from virtmigrate.migration import plan
 from virtmigrate.model import Role
 from virtmigrate.spawning import Wanted
@@ -53,11 +54,15 @@ def wanted(
 def image(conf: cfg.ConfigOpts, context: Any, image_meta: Any) -> Path | sources.Source:
     """Return where an image comes from: see VirtMigrateDriver.spawn.
 
+    `saved` names one that was made of an instance, into the cache.
+
     Raises Unsupported for a file without an id that is not raw: nobody would look at
     its header.
     """
     fmt = str(_field(image_meta, "disk_format", "raw"))
     path, uuid = _field(image_meta, "path", None), _field(image_meta, "id", None)
+    if saved := _field(image_meta, "saved", None):
+        return sources.SavedImage(str(saved))
     if path and not uuid:
         if fmt != "raw":
             raise errors.Unsupported(
@@ -94,6 +99,32 @@ def named_image(
     found = image(conf, None, meta)
     assert not isinstance(found, Path)
     return found
+
+
+def quiescing(image_meta: Any) -> livesnapshot.Quiesce:
+    """Return whether an image wants its guests quiesced.
+
+    By its properties os_require_quiesce (or fail) and hw_qemu_guest_agent (if it can).
+    """
+    if _is_set(image_meta, "os_require_quiesce"):
+        return livesnapshot.Quiesce.DEMAND
+    if _is_set(image_meta, "hw_qemu_guest_agent"):
+        return livesnapshot.Quiesce.TRY
+    return livesnapshot.Quiesce.NO
+
+
+def saved_properties(instance: Any) -> dict[str, str]:
+    """Return what an image service keeps beside the image of an instance."""
+    kept = {
+        "owner_id": "project_id",
+        "kernel_id": "kernel_id",
+        "ramdisk_id": "ramdisk_id",
+        "os_type": "os_type",
+        "architecture": "architecture",
+    }
+    found = {name: _field(instance, field, None) for name, field in kept.items()}
+    told = {name: str(value) for name, value in found.items() if value}
+    return {"image_location": "snapshot", "image_state": "available", **told}
 
 
 def request(
@@ -172,6 +203,14 @@ def _interface(vif: Mapping[str, Any]) -> domainxml.Interface:
         interface_id=(vif.get("ovs_interfaceid") or vif.get("id")) if ovs else None,
         device=vif.get("devname"),
     )
+
+
+def _is_set(image_meta: Any, name: str) -> bool:
+    """Tell whether a property says yes. Nova's objects raise for those not set."""
+    properties = _field(image_meta, "properties", None)
+    get = getattr(properties, "get", None)
+    value = get(name, None) if get else None
+    return strutils.bool_from_string(value)
 
 
 def _field(source: Any, name: str, default: Any) -> Any:

@@ -226,6 +226,21 @@ class Connection:
             raise Failed(str(e)) from e
 
 
+def described(layers: Sequence[domainxml.Layer]) -> dict[str, Any]:
+    """Return the chain as QEMU is told of it: to its end, so that it looks nowhere."""
+    below: dict[str, Any] | None = None
+    for layer in reversed(layers):
+        described: dict[str, Any] = {
+            "driver": layer.fmt.value,
+            "file": {"driver": "file", "filename": layer.source},
+        }
+        if layer.fmt is DiskFormat.QCOW2:
+            described["backing"] = below
+        below = described
+    assert below is not None
+    return below
+
+
 # Private
 
 
@@ -274,23 +289,8 @@ def _argv(layers: Sequence[domainxml.Layer], socket: Path, count: int) -> list[s
         *("setpriv", "--no-new-privs", "--pdeathsig", "KILL", "--"),
         *("prlimit", *limits, "--"),
         *("qemu-nbd", "--read-only", f"--shared={count}", f"{_SOCKET}{socket}"),
-        f"json:{json.dumps(_described(layers))}",
+        f"json:{json.dumps(described(layers))}",
     ]
-
-
-def _described(layers: Sequence[domainxml.Layer]) -> dict[str, Any]:
-    """Return the chain as QEMU is told of it: to its end, so that it looks nowhere."""
-    below: dict[str, Any] | None = None
-    for layer in reversed(layers):
-        described: dict[str, Any] = {
-            "driver": layer.fmt.value,
-            "file": {"driver": "file", "filename": layer.source},
-        }
-        if layer.fmt is DiskFormat.QCOW2:
-            described["backing"] = below
-        below = described
-    assert below is not None
-    return below
 
 
 def _nbd() -> "types.ModuleType":

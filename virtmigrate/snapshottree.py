@@ -110,6 +110,9 @@ class Snapshot(Struct, frozen=True):
 
 Snapshots = tuple[Snapshot, ...]
 
+IN_THE_MAKING = "image in the making "
+"""What `by` begins with of one that is there only until an image was made of it."""
+
 
 def find(snapshots: Snapshots, key: str) -> Snapshot | None:
     """Return the one of this name or id."""
@@ -190,6 +193,11 @@ def problem(snapshots: Snapshots, current: str | None) -> str | None:
     for _ in ids:
         reached |= {each.id for each in snapshots if each.parent in reached}
     return None if reached == {None, *ids} else "they stand on each other in a circle"
+
+
+def images(snapshots: Snapshots) -> Snapshots:
+    """Return those that go as soon as an image was made of them."""
+    return tuple(each for each in snapshots if each.by.startswith(IN_THE_MAKING))
 
 
 def is_name(text: str) -> bool:

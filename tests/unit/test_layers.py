@@ -15,6 +15,7 @@ FLOORS = {
     "units": 1,
     "formats": 1,
     "qcow2": 1,
+    "qcow2image": 1,
     "address": 1,
     "certificate": 1,
     "certificates": 1,
@@ -44,6 +45,7 @@ FLOORS = {
     # Images that come in: how they are looked at, and where they come from.
     "door": 2,
     "sources": 2,
+    "sinks": 2,
     "locks": 2,
     "backends": 3,
     "journal": 3,
@@ -61,6 +63,7 @@ FLOORS = {
     "domainstate": 4,
     "merging": 4,
     "agent": 4,
+    "quiescing": 5,
     "card": 4,
     "rights": 2,
     "tenure": 4,
@@ -101,6 +104,7 @@ FLOORS = {
     "neighbours": 6,
     "fetching": 6,
     "imagecache": 6,
+    "livesnapshot": 7,
     "spawning": 7,
     "mapping": 7,
     # Faces.

@@ -17,6 +17,7 @@ from virtmigrate import (
     errors,
     manifest,
     model,
+    reading,
 )
 from virtmigrate.backends import keeping, layout, making
 from virtmigrate.backends.terms import Reuse, Settings
@@ -120,6 +121,14 @@ class Backend(making.Making):
     def drop_state(self, name: str, operation: str) -> None:
         """Drop what an operation kept of a volume; can be called again."""
         raise self._unsupported(f"drop the state of {name}")
+
+    def state(self, name: str, operation: str, size: int) -> reading.Source:
+        """Return what an operation kept of a volume, to read. Raises Unsupported.
+
+        Arguments:
+            size: bytes that the volume had then.
+        """
+        raise self._unsupported(f"read a state of {name}")
 
     def update(self, volume: model.Volume) -> model.Volume:
         """Publish a new generation of a volume's record."""

@@ -97,12 +97,13 @@ class Cluster:
 
     @contextlib.contextmanager
     def image(
-        self, name: str, doing: str, *, read_only: bool = True
+        self, name: str, doing: str, *, read_only: bool = True, snapshot: str = ""
     ) -> Iterator["rbd.Image"]:
-        """Yield an opened image; raises as working()."""
+        """Yield an opened image, or a snapshot of one; raises as working()."""
+        kept = snapshot or None
         with (
             self.working(doing, name) as (_, context),
-            _rbd().Image(context, name, read_only=read_only) as image,
+            _rbd().Image(context, name, kept, read_only=read_only) as image,
         ):
             yield image
 

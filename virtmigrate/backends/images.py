@@ -21,15 +21,23 @@ class ImageSource:
     Arguments:
         size: bytes to read.
         is_live: a guest may write to it meanwhile.
+        snapshot: read what this one keeps of it; "" is what it is now.
     """
 
     def __init__(
-        self, cluster: Cluster, name: str, size: int, *, is_live: bool = False
+        self,
+        cluster: Cluster,
+        name: str,
+        size: int,
+        *,
+        is_live: bool = False,
+        snapshot: str = "",
     ) -> None:
         self.name = name
         self.size = size
         self._cluster = cluster
         self._is_live = is_live
+        self._snapshot = snapshot
         self._opened = contextlib.ExitStack()
         self._image: rbd.Image | None = None
         self._extents: list[tuple[int, int]] = []
@@ -37,7 +45,9 @@ class ImageSource:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             image = stack.enter_context(
-                self._cluster.image(self.name, f"reading {self.name}")
+                self._cluster.image(
+                    self.name, f"reading {self.name}", snapshot=self._snapshot
+                )
             )
             size = int(image.size())
             if size != self.size and not self._is_live:

@@ -186,6 +186,12 @@ class LvmBackend(base.Backend):
         if state in self._volumes.states(name):
             self._drop(name, state)
 
+    def state(self, name: str, operation: str, size: int) -> reading.Source:
+        kept = group.state_name(name, operation)
+        # One that overflowed fails each read from then on.
+        self._demand_whole(kept)
+        return self._reader(kept, size)
+
     # Removing
 
     def remove(self, name: str) -> None:

@@ -199,6 +199,10 @@ class RbdBackend(base.Backend):
             if snapshot in {each["name"] for each in image.list_snaps()}:
                 image.remove_snap(snapshot)
 
+    def state(self, name: str, operation: str, size: int) -> reading.Source:
+        kept = cluster.SNAPSHOT + operation
+        return images.ImageSource(self.cluster, name, size, snapshot=kept)
+
     # What earlier moves left
 
     def set_aside(

@@ -19,6 +19,7 @@ from virtmigrate.conf import (
     host,
     image,
     live,
+    saving,
     snapshot,
     transfer,
     transient,
@@ -40,6 +41,7 @@ ALL_HOST_OPTS = [
     *snapshot.snapshot_opts,
     *live.live_opts,
     *transient.transient_opts,
+    *saving.saving_opts,
 ]
 
 

@@ -55,6 +55,7 @@
     │   ├── ImageNotFetched
     │   │   └── ImageStalled
     │   ├── ImageNotFound, ImageGone, ImageInUse
+    │   ├── ImageNotTaken, ImageNotSaved
     │   └── DiskTooSmall
     └── MigrationError
         ├── MigrationRefused
@@ -95,6 +96,8 @@ from virtmigrate.errors.images import ImageInUse as ImageInUse
 from virtmigrate.errors.images import ImageNotConverted as ImageNotConverted
 from virtmigrate.errors.images import ImageNotFetched as ImageNotFetched
 from virtmigrate.errors.images import ImageNotFound as ImageNotFound
+from virtmigrate.errors.images import ImageNotSaved as ImageNotSaved
+from virtmigrate.errors.images import ImageNotTaken as ImageNotTaken
 from virtmigrate.errors.images import ImageRefused as ImageRefused
 from virtmigrate.errors.images import ImageStalled as ImageStalled
 from virtmigrate.errors.images import ImageUnavailable as ImageUnavailable

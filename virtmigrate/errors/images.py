@@ -56,3 +56,18 @@ class ImageInUse(ImageError):
 
 class DiskTooSmall(ImageError):
     msg = "volume {volume} of {size} bytes is too small: {image} needs {least}"
+
+
+class ImageNotTaken(ImageError):
+    """Whoever is to keep it does not, or not as it was sent."""
+
+    msg = "image {image} was not stored: {reason}. It is not to be used"
+
+
+class ImageNotSaved(ImageError):
+    """An instance's disk became no image."""
+
+    msg = (
+        "no image {image} was made of instance {instance} on {host}: {reason}. The "
+        "guest was left as it is{state}"
+    )

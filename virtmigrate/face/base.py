@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 from oslo_config import cfg
 
-from virtmigrate import errors, imagecache, node, peers, snapshot
+from virtmigrate import (
+    errors,
+    imagecache,
+    livesnapshot,
+    node,
+    peers,
+    quiescing,
+    snapshot,
+)
 from virtmigrate.livemigration import LiveMigrations
 from virtmigrate.migration import source, target
 from virtmigrate.peer import Peer
@@ -21,9 +29,11 @@ class Base:
     _peers: peers.Peers
     _source: source.Source
     _target: target.Target
+    _quiescing: quiescing.Quiescing
     images: imagecache.Caches
     live: LiveMigrations
     snapshots: snapshot.Snapshots
+    saves: livesnapshot.Images
 
     @property
     def node(self) -> node.Node:

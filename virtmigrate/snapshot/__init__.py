@@ -324,6 +324,7 @@ class Snapshots:
         progress: Progress | None = None,
     ) -> None:
         found = work.demand_idle("deleting")
+        self._demand_unread(work, gone)
         for each in gone:
             self._demand_droppable(work, each)
         ids = tuple(each.id for each in gone)
@@ -331,6 +332,16 @@ class Snapshots:
             what=Changing.DELETING, operation=new_operation(), gone=ids
         )
         self._drop(work, work.publish(found, change=change), progress)
+
+    def _demand_unread(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
+        """Refuse to merge layers that somebody may be reading."""
+        read = snapshottree.images(work.found.snapshots)
+        # Who deletes one of these knows what is read.
+        if read and gone and not any(each in read for each in gone):
+            names = ", ".join(each.name for each in read)
+            raise work.refused(
+                "deleting", f"an image is being made of it ({names}): wait for that"
+            )
 
     def _demand_droppable(self, work: Work, snapshot: Snapshot) -> None:
         for disk in snapshot.disks:

@@ -13,5 +13,6 @@ from virtmigrate.sources.base import verified as verified
 from virtmigrate.sources.download import Terms as Terms
 from virtmigrate.sources.limited import Limited as Limited
 from virtmigrate.sources.local import LocalFile as LocalFile
+from virtmigrate.sources.saved import SavedImage as SavedImage
 from virtmigrate.sources.service import service_image as service_image
 from virtmigrate.sources.web import WebFile as WebFile
