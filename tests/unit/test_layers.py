@@ -63,6 +63,7 @@ FLOORS = {
     "agent": 4,
     "card": 4,
     "rights": 2,
+    "saveimage": 2,
     "tenure": 4,
     "mailbox": 3,
     "node": 4,
@@ -99,6 +100,7 @@ FLOORS = {
     "imagecache": 6,
     "spawning": 7,
     "mapping": 7,
+    "clone": 7,
     # Faces.
     "face": 8,
     "driver": 8,
