@@ -91,6 +91,7 @@ FLOORS = {
     "upgrade": 6,
     "takeover": 7,
     "consistency": 6,
+    "lending": 4,
     "filling": 5,
     "slots": 5,
     "shelf": 5,
@@ -100,7 +101,6 @@ FLOORS = {
     "imagecache": 6,
     "spawning": 7,
     "mapping": 7,
-    "clone": 7,
     # Faces.
     "face": 8,
     "driver": 8,

@@ -9,7 +9,7 @@ import uuid as uuids
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, needs, node, peer
+from virtmigrate import domainxml, errors, lending, model, needs, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration import inspection, landing, trees
@@ -95,6 +95,7 @@ class _Planner:
         self._check_arrival(uuid)
         if record.state is InstanceState.ARRIVED:
             raise self._refuse("the move that brought it is neither confirmed nor lost")
+        self._demand_not_entangled(record)
         original = inspection.inspect(self._here, record)
         card = self._check_peer(record, str(original.domain_xml))
         landings = landing.choose(
@@ -114,6 +115,16 @@ class _Planner:
         return errors.MigrationRefused(instance=self._request.instance, reason=reason)
 
     # This host
+
+    def _demand_not_entangled(self, record: model.Instance) -> None:
+        """Refuse what others stand on, and a clone that may not reach a network."""
+        if any(lending.lent(backend, record.uuid) for backend in self._here.up()):
+            raise self._refuse(
+                "clones stand on its volumes: detach them first (`virtmigrate clone "
+                "detach`)"
+            )
+        if record.cloned and record.cloned.state is not model.CloneState.READY:
+            raise self._refuse(f"it is a clone, and {record.cloned.state.value}")
 
     def _check_arrival(self, uuid: str) -> None:
         """See that nobody may take it back from here."""

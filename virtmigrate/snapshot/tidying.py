@@ -7,7 +7,8 @@ nothing stands on it. When one layer does, that is written into it, and the two 
 When several do, they share it, and it stays. So does one whose only layer is shared
 itself: what a layer stands on is named in its header, too, and only QEMU writes there.
 A volume with states inside of it takes a layer in, but is never written into another
-one: they would be lost.
+one: they would be lost. One that another instance's volumes stand on, a clone's, is not
+touched at all.
 """
 
 import msgspec
@@ -36,7 +37,8 @@ class Tidying:
     def plan(self, found: model.Instance) -> list[Step]:
         """Return what would be done if this were the instance's record."""
         steps, owned = [], self._work.owned()
-        named, holders = _named(found), _holders(found)
+        lent = self._work.lent()
+        named, holders = _named(found) | lent, _holders(found) | lent
         while (next_one := _first(owned, named, holders)) is not None:
             (backend, volume), above = next_one
             owned = [each for each in owned if each[1].name != volume.name]
@@ -70,7 +72,8 @@ class Tidying:
     # Private
 
     def _next(self, found: model.Instance) -> tuple[Owned, model.Volume | None] | None:
-        return _first(self._work.owned(), _named(found), _holders(found))
+        lent = self._work.lent()
+        return _first(self._work.owned(), _named(found) | lent, _holders(found) | lent)
 
     def _begin(
         self, found: model.Instance, backend: base.Backend, above: model.Volume

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from virtmigrate import domainstate, domainxml, errors, model, node, snapshottree
+from virtmigrate import (
+    domainstate,
+    domainxml,
+    errors,
+    lending,
+    model,
+    node,
+    snapshottree,
+)
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.instance import Power
@@ -69,6 +77,14 @@ class Work:
             for stored in backend.catalog.all(strict=True)
             if stored.body.owner == self.uuid
         ]
+
+    def lent(self) -> set[tuple[str, str]]:
+        """Return (backend, volume) of those that other instances' volumes stand on."""
+        return {
+            (backend.name, name)
+            for backend in self.here.up()
+            for name in lending.lent(backend, self.uuid)
+        }
 
     def taken(self) -> Taken:
         """Return what the guest does; InvalidState for what cannot be frozen."""
