@@ -12,6 +12,7 @@ from typing import Any
 from oslo_config import cfg
 
 from virtmigrate import (
+    clone,
     events,
     imagecache,
     inventory,
@@ -23,12 +24,12 @@ from virtmigrate import (
     takeover,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import images, instances, moves
+from virtmigrate.face import clones, images, instances, moves
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
-class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
+class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, clones.Clones):
     """Runs the instances of one host and moves them to others.
 
     Safe to share between threads. `init_host` comes first.
@@ -69,6 +70,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         self.images = imagecache.Caches(self._node)
         self._source = source.Source(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self._source.demand_none)
+        self.clones = clone.Clones(self._node, self.snapshots, self._source.demand_none)
         self._target = target.Target(self._node)
         self.settle()
         if self._node.options.receiver:
@@ -88,6 +90,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
+        left += self.clones.finish()
         return [*left, *self._source.recover(), *self._target.recover()]
 
     def cleanup_host(self, host: str, **_: object) -> None:

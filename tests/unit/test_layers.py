@@ -101,6 +101,7 @@ FLOORS = {
     "imagecache": 6,
     "spawning": 7,
     "mapping": 7,
+    "clone": 7,
     # Faces.
     "face": 8,
     "driver": 8,

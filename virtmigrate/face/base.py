@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from oslo_config import cfg
 
-from virtmigrate import errors, imagecache, node, peers, snapshot
+from virtmigrate import clone, errors, imagecache, node, peers, snapshot
 from virtmigrate.migration import source, target
 from virtmigrate.peer import Peer
 from virtmigrate.progress import Progress
@@ -22,6 +22,7 @@ class Base:
     _target: target.Target
     images: imagecache.Caches
     snapshots: snapshot.Snapshots
+    clones: clone.Clones
 
     @property
     def node(self) -> node.Node:

@@ -79,10 +79,13 @@ class Instances(base.Base):
                 return
             self.node.demand_settled(uuid)
             self._source.demand_none(uuid)
+            lenders = self.clones.lenders(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             if destroy_disks:
                 self.node.remove_instance(uuid)
+        for lender in sorted(lenders):
+            self.clones.tidy(lender)
         LOG.info("instance=%s destroyed on %s", uuid, self.node.name)
 
     def cleanup(
