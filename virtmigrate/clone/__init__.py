@@ -62,7 +62,8 @@ class Clones:
 
         A clone that fails leaves nothing, and the others go on. Raises CloneRefused:
         nothing was touched; CloneFailed when all failed, with the reason of the first;
-        what the snapshot of the source raises, and Cancelled: there is no clone.
+        what the snapshot of the source raises: there is no clone; and Cancelled: those
+        that were ready stay.
         """
         course = self._course(progress)
         with self._claimed(new.uuid for new in wanted.new):
