@@ -106,11 +106,19 @@ class Clones:
             LOG.warning("instance=%s is not tidied up: %s", uuid, e)
 
     def lenders(self, uuid: str) -> set[str]:
-        """Return the instances whose volumes one's disks stand on."""
-        found = self._here.own_record(uuid)
-        if found is None or found.cloned is None:
+        """Return the instances whose volumes one's disks stand on.
+
+        None of those whose records cannot be read: it has to be possible to destroy
+        what is broken.
+        """
+        try:
+            found = self._here.own_record(uuid)
+            if found is None or found.cloned is None:
+                return set()
+            return self._detaching.lenders(found)
+        except errors.Error as e:
+            LOG.warning("instance=%s its chains cannot be read: %s", uuid, e)
             return set()
-        return self._detaching.lenders(found)
 
     def finish(self) -> list[str]:
         """Make an end of what kills left on this host; return what remains, and why."""
