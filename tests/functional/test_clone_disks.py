@@ -175,6 +175,17 @@ def test_a_source_with_clones_does_not_move(world: World, family: list[Any]) -> 
     expect_whole(world, family, [0, 1, 2])
 
 
+def test_one_that_is_broken_can_go(world: World, family: list[Any]) -> None:
+    """Also when what it stands on has no record any more."""
+    _, first, second = family
+    files = world.a.driver.node.files
+    base = next(n for n, (_, below) in volumes(world).items() if below is None)
+    files.volumes.remove(base)
+    world.a.driver.destroy(None, first)
+    assert first.uuid not in {owner for owner, _ in volumes(world).values()}
+    assert second.uuid in {owner for owner, _ in volumes(world).values()}
+
+
 def test_memory_is_for_the_hypervisor(world: World) -> None:
     """Nobody else reads it, and nothing of it is left in its file."""
     cloneworld.allow(world.a)

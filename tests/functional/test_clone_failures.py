@@ -189,6 +189,28 @@ def test_a_step_fails(
     expect_as_before(world, source, before)
 
 
+def test_a_network_that_leads_out(world: World, source: Any) -> None:
+    """One of the name that is not isolated is not used, and not changed."""
+    before = world.a.files()
+    bad = (
+        "<network><name>leads-out</name><forward mode='bridge'/>"
+        "<bridge name='br0'/></network>"
+    )
+    with world.a.libvirt() as conn:
+        network = conn.networkDefineXML(bad)
+        try:
+            world.a.overrides["clone_apart_network"] = "leads-out"
+            cloneworld.restart(world.a, Fake())
+            with pytest.raises(errors.ConfigurationError, match="is not isolated"):
+                clone(world, source, new(1))
+            assert "br0" in network.XMLDesc(0)
+        finally:
+            if network.isActive():
+                network.destroy()
+            network.undefine()
+    expect_as_before(world, source, before)
+
+
 def test_cancelled(world: World, source: Any) -> None:
     before = world.a.files()
 

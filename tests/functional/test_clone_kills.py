@@ -2,7 +2,7 @@
 """A SIGKILL at every step of making clones, and of detaching one.
 
 Afterwards each clone is whole, or nothing of it is there; the source goes on, and is
-what it was. `make test` takes a few points of some cases; --full takes all, or a --part.
+what it was. `make test` takes few points of some cases; --full takes all, or a --part.
 """
 
 import json

@@ -40,6 +40,8 @@ class Apart:
             found = self._find(session.conn)
             if found is None:
                 found = session.conn.networkDefineXML(self._definition())
+                # For clones that stay in it, when the host starts anew.
+                found.setAutostart(1)
             if not found.isActive():
                 found.create()
             self._demand_isolated(found.XMLDesc(0))
