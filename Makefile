@@ -15,7 +15,7 @@ SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 BACKENDS := dir,shared_dir,rbd,lvm
 TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
-BENCHMARKS := transfer cache snapshot migrate image
+BENCHMARKS := transfer cache snapshot migrate image clone
 
 .PHONY: help setup image machine-image stock-image demo test test-unit test-functional test-full lint format \
 	bench sandbox sandbox-down clean

@@ -12,6 +12,7 @@ from typing import Any
 from oslo_config import cfg
 
 from virtmigrate import (
+    clone,
     events,
     imagecache,
     inventory,
@@ -26,13 +27,15 @@ from virtmigrate import (
     transient,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import images, instances, live, moves
+from virtmigrate.face import clones, images, instances, live, moves
 from virtmigrate.livemigration import LiveMigrations
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
-class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Live):
+class VirtMigrateDriver(
+    instances.Instances, images.Images, moves.Moves, live.Live, clones.Clones
+):
     """Runs the instances of one host and moves them to others.
 
     Safe to share between threads. `init_host` comes first.
@@ -74,6 +77,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         self._source = source.Source(self._node, self.peer)
         self.live = LiveMigrations(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self.demand_at_rest)
+        self.clones = clone.Clones(self._node, self.snapshots, self.demand_at_rest)
         self._target = target.Target(self._node)
         self._quiescing = quiescing.Quiescing(self._node.agents, self._node.name)
         self.saves = livesnapshot.Images(
@@ -133,7 +137,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, live.Li
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
-        left += [*self.saves.recover(), *self.live.recover()]
+        left += [*self.clones.finish(), *self.saves.recover(), *self.live.recover()]
         left += [*self._source.recover(), *self._target.recover()]
         # Last: a move that is put back may need what its guest wrote.
         return [*left, *transient.settle(self.node, self._source.demand_none)]

@@ -267,6 +267,36 @@ class Change(Struct, frozen=True):
     where it is no disk's top."""
 
 
+class CloneState(enum.Enum):
+    """What a clone is."""
+
+    MAKING = "being made"
+    """Nobody may start it: it would be its source once more. Settling takes it away."""
+    APART = "apart"
+    """It runs, and reaches no network: it is not proven to be somebody else."""
+    READY = "ready"
+    """It is proven to be somebody else; or it was made of one that was off."""
+
+
+class Cloned(Struct, frozen=True):
+    """What an instance was made of, and how far it is from that."""
+
+    source: str
+    """UUID of the instance that it was made of."""
+    operation: str
+    state: CloneState
+    live: bool
+    """It went on from its source's memory."""
+    created: float
+    """Seconds since the epoch."""
+    report: str = ""
+    """What was done to make it somebody else, and what was read back: JSON."""
+    identities: tuple[tuple[str, str], ...] = ()
+    """What was read from it that has to differ from all of its kin: name, value."""
+    unproven: tuple[str, ...] = ()
+    """Names of what the caller took the risk of."""
+
+
 class Instance(Struct, frozen=True):
     """The record of an instance on one host."""
 
@@ -295,6 +325,7 @@ class Instance(Struct, frozen=True):
     detached: tuple[DiskRef, ...] = ()
     """Disks that a revert took away; their volumes stay until the instance goes."""
     change: Change | None = None
+    cloned: Cloned | None = None
 
 
 class Tenure(Struct, frozen=True):

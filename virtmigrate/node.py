@@ -18,6 +18,7 @@ from virtmigrate import (
     card,
     errors,
     instance,
+    lending,
     limit,
     locks,
     mailbox,
@@ -254,6 +255,14 @@ class Node:
         Raises NotEntitled, RecordMissing, too.
         """
         found = self.entitled(uuid)
+        if found.cloned and found.cloned.state is model.CloneState.MAKING:
+            raise errors.InvalidState(
+                instance=uuid,
+                host=self.name,
+                state=found.cloned.state.value,
+                reason=f"it would be {found.cloned.source} once more: if its cloning "
+                "was cut short, `virtmigrate host settle` takes it away",
+            )
         what = found.change.what if found.change else None
         if what is not None and what not in _WHOLE:
             raise errors.InvalidState(
@@ -366,9 +375,11 @@ class Node:
         if holder is not None:
             LOG.warning("instance=%s is %s's now: its volumes stay", uuid, holder)
             return
-        for name in backend.volumes.names():
-            found = backend.volumes.find(name)
-            if found is not None and found.body.owner == uuid:
+        with lending.settled(backend, uuid, self.options.lock_timeout) as kept:
+            for name in backend.volumes.names():
+                found = backend.volumes.find(name)
+                if found is None or found.body.owner != uuid or name in kept:
+                    continue
                 backend.remove(name)
 
     def _remove_retired(self, uuid: str) -> None:

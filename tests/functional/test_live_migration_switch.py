@@ -132,7 +132,7 @@ def test_a_transient_disk_stays_where_it_is(world: World) -> None:
     instance, a, b = world.spawn(world.a), world.a, world.b
     a.driver.power_off(instance)
     node, demand = a.driver.node, a.driver._source.demand_none
-    transient.declare(node, instance.uuid, "vda", True, demand)
+    transient.declare(node, instance.uuid, "vda", demand, transient=True)
     a.driver.power_on(None, instance)
     with pytest.raises(errors.MigrationRefused, match="vda is transient"):
         a.driver.live.migrate(instance.uuid, b.host.name)

@@ -66,6 +66,7 @@ FLOORS = {
     "quiescing": 5,
     "card": 4,
     "rights": 2,
+    "saveimage": 2,
     "tenure": 4,
     "scratch": 4,
     "mailbox": 3,
@@ -96,6 +97,7 @@ FLOORS = {
     "upgrade": 6,
     "takeover": 7,
     "consistency": 6,
+    "lending": 4,
     "filling": 5,
     "slots": 5,
     "shelf": 5,
@@ -107,6 +109,7 @@ FLOORS = {
     "livesnapshot": 7,
     "spawning": 7,
     "mapping": 7,
+    "clone": 7,
     # Faces.
     "face": 8,
     "driver": 8,

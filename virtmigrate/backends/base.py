@@ -142,7 +142,7 @@ class Backend(making.Making):
         """Delete a volume, its manifest, then its record; can be called again.
 
         Where its bytes are wiped it is doomed at once, and gone later: see drain().
-        Raises VolumeInUse for an image that others stand on, and touches nothing then.
+        Raises VolumeInUse for one that others stand on, and touches nothing then.
         """
         self._demand_unused(name)
         self._delete(name)
@@ -267,11 +267,17 @@ class Backend(making.Making):
         return FileLocks(self.settings.lock_path)
 
     def _demand_unused(self, name: str) -> None:
-        """Raise VolumeInUse for an image that volumes of others stand on."""
+        """Raise VolumeInUse for one that volumes of others stand on.
+
+        Only an image is one, or what was frozen below a layer.
+        """
         stored = None
         with contextlib.suppress(errors.RecordBroken):
             stored = self.volumes.find(name)
-        if stored is None or not making.is_image(stored.body):
+        if stored is None or not (
+            making.is_image(stored.body)
+            or stored.body.state is model.VolumeState.FROZEN
+        ):
             return
         users = sorted(self.users(name) - self._of_owner(stored.body.owner))
         if users:

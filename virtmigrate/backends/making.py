@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from virtmigrate import errors, model, qcow2, rollback, stream, wire
+from virtmigrate import errors, model, qcow2, rollback, storagepool, stream, wire
 from virtmigrate.backends import catalog, keeping, layout
 from virtmigrate.backends.access import Access
 from virtmigrate.backends.terms import Capabilities, Clones, Settings
@@ -259,9 +259,16 @@ class Making(Access):
             # A record that was never whole is older than any volume of its name.
             stored = self.volumes.find(name)
             for pool in self._pools_of(stored.body) if stored is not None else ():
+                if stored is not None and stored.body.role is model.Role.MEMORY:
+                    self._wipe_memory(self.pool(pool), name)
                 self.pool(pool).delete(name)
         self._records.delete(keeping.manifest_name(name))
         self.volumes.remove(name)
+
+    def _wipe_memory(self, pool: storagepool.Pool, name: str) -> None:
+        """Write zeros over what a guest had in memory, if it is there."""
+        with contextlib.suppress(errors.VolumeNotFound):
+            pool.wipe(name, pool.physical(name))
 
     def _pools_of(self, volume: model.Volume) -> set[str]:
         """Return where a volume may lie: it moves before its record says so."""

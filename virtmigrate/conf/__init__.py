@@ -16,6 +16,7 @@ from oslo_config import cfg
 from virtmigrate import errors
 from virtmigrate.conf import (
     cache,
+    clone,
     host,
     image,
     live,
@@ -42,6 +43,7 @@ ALL_HOST_OPTS = [
     *live.live_opts,
     *transient.transient_opts,
     *saving.saving_opts,
+    *clone.clone_opts,
 ]
 
 

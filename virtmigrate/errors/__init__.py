@@ -6,6 +6,7 @@
     ├── Unsupported
     ├── XmlRefused
     ├── DomainNotUnderstood
+    ├── SaveImageRefused
     ├── HostError
     │   ├── HostUnreachable
     │   ├── HostTimeout
@@ -44,6 +45,8 @@
     │   │   ├── SnapshotNotFound, SnapshotExists
     │   │   ├── SnapshotRefused, SnapshotFailed, SnapshotUndecided
     │   │   └── SnapshotPutOff
+    │   ├── CloneError
+    │   │   └── CloneRefused, CloneFailed
     │   └── OwnedElsewhere
     ├── TransferError
     │   ├── ShortTransfer, SourceChanged, SourceUnreadable
@@ -74,6 +77,10 @@ from virtmigrate.errors.base import DomainNotUnderstood as DomainNotUnderstood
 from virtmigrate.errors.base import Error as Error
 from virtmigrate.errors.base import Unsupported as Unsupported
 from virtmigrate.errors.base import XmlRefused as XmlRefused
+from virtmigrate.errors.clones import CloneError as CloneError
+from virtmigrate.errors.clones import CloneFailed as CloneFailed
+from virtmigrate.errors.clones import CloneRefused as CloneRefused
+from virtmigrate.errors.clones import SaveImageRefused as SaveImageRefused
 from virtmigrate.errors.hosts import AuthenticationFailed as AuthenticationFailed
 from virtmigrate.errors.hosts import CertificateRefused as CertificateRefused
 from virtmigrate.errors.hosts import HostBusy as HostBusy

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from oslo_config import cfg
 
 from virtmigrate import (
+    clone,
     errors,
     imagecache,
     livesnapshot,
@@ -34,6 +35,7 @@ class Base:
     live: LiveMigrations
     snapshots: snapshot.Snapshots
     saves: livesnapshot.Images
+    clones: clone.Clones
 
     @property
     def node(self) -> node.Node:

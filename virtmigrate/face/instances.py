@@ -80,10 +80,13 @@ class Instances(base.Base):
                 return
             self.node.demand_settled(uuid)
             self.demand_at_rest(uuid)
+            lenders = self.clones.lenders(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             if destroy_disks:
                 self.node.remove_instance(uuid)
+        for lender in sorted(lenders):
+            self.clones.tidy(lender)
         LOG.info("instance=%s destroyed on %s", uuid, self.node.name)
 
     def cleanup(

@@ -73,6 +73,7 @@ class Planner:
             raise self._refused(
                 "the move that brought it is neither confirmed nor lost"
             )
+        inspection.demand_free(here, record)
         if thrown := [ref.target for ref in record.disks if ref.transient]:
             raise self._refused(
                 f"{', '.join(thrown)} is transient: what its guest wrote there does "

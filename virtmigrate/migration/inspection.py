@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from virtmigrate import domainxml, errors, model, node
+from virtmigrate import domainxml, errors, lending, model, node, snapshottree
 from virtmigrate.instance import Power
 
 MOVABLE = (Power.RUNNING, Power.PAUSED, Power.OFF)
@@ -42,6 +42,20 @@ def inspect(here: node.Node, record: model.Instance) -> model.Instance:
         power=power.value,
         autostart=here.domains.autostart(uuid),
     )
+
+
+def demand_free(here: node.Node, record: model.Instance) -> None:
+    """See that nothing else counts on what an instance has here; MigrationRefused."""
+    if snapshottree.images(record.snapshots):
+        raise _refused(record.uuid, "an image is being made of it: wait for that")
+    if any(lending.lent(backend, record.uuid) for backend in here.up()):
+        raise _refused(
+            record.uuid,
+            "clones stand on its volumes: detach them first (`virtmigrate clone "
+            "detach`)",
+        )
+    if record.cloned and record.cloned.state is not model.CloneState.READY:
+        raise _refused(record.uuid, f"it is a clone, and {record.cloned.state.value}")
 
 
 def demand_recorded(

@@ -9,7 +9,7 @@ import uuid as uuids
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, needs, node, peer, snapshottree
+from virtmigrate import domainxml, errors, model, needs, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration import inspection, landing, trees
@@ -95,8 +95,7 @@ class _Planner:
         self._check_arrival(uuid)
         if record.state is InstanceState.ARRIVED:
             raise self._refuse("the move that brought it is neither confirmed nor lost")
-        if snapshottree.images(record.snapshots):
-            raise self._refuse("an image is being made of it: wait for that")
+        inspection.demand_free(self._here, record)
         original = inspection.inspect(self._here, record)
         card = self._check_peer(record, str(original.domain_xml))
         landings = landing.choose(

@@ -8,7 +8,8 @@ When several do, they share it, and it stays; so it does where a volume of anoth
 instance is one of them. So does one whose only layer is shared itself: what a layer
 stands on is named in its header, too, and only QEMU writes there.
 A volume with states inside of it takes a layer in, but is never written into another
-one: they would be lost.
+one: they would be lost. One that another instance's volumes stand on, a clone's, is not
+touched at all.
 """
 
 import msgspec

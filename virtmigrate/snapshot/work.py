@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from virtmigrate import domainstate, domainxml, errors, model, node, snapshottree
+from virtmigrate import (
+    domainstate,
+    domainxml,
+    errors,
+    lending,
+    model,
+    node,
+    snapshottree,
+)
 from virtmigrate.backends import base, making
 from virtmigrate.instance import Power
 from virtmigrate.model import Role, VolumeState
@@ -71,17 +79,11 @@ class Work:
         ]
 
     def lent(self) -> set[tuple[str, str]]:
-        """Return (backend, volume) of what volumes of other owners stand on.
-
-        Raises as owned().
-        """
+        """Return (backend, volume) of those that other instances' volumes stand on."""
         return {
-            (backend.name, below)
+            (backend.name, name)
             for backend in self.here.up()
-            for stored in backend.catalog.all(strict=True)
-            if stored.body.owner != self.uuid
-            for below in (stored.body.backing, stored.body.parent)
-            if below is not None
+            for name in lending.lent(backend, self.uuid)
         }
 
     def taken(self) -> Taken:
