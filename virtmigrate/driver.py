@@ -23,12 +23,14 @@ from virtmigrate import (
     takeover,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import images, instances, moves
+from virtmigrate.face import drains, images, instances, moves
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
-class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
+class VirtMigrateDriver(
+    instances.Instances, images.Images, moves.Moves, drains.Drains
+):
     """Runs the instances of one host and moves them to others.
 
     Safe to share between threads. `init_host` comes first.

@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from virtmigrate import adopt, domainxml, model, node, takeover
+from virtmigrate import adopt, census, domainxml, model, node, takeover
 from virtmigrate.cli import command, instances, moves
 from virtmigrate.formats import DiskFormat
 
@@ -162,7 +162,7 @@ def _layer(text: str) -> domainxml.Layer:
 
 
 def _rows(here: node.Node) -> list[tuple[Any, ...]]:
-    records = instances.records(here)
+    records = census.records(here)
     domains = dict(here.domains.all())
     rows = [_row(here, record, domains) for record in records.values()]
     for uuid, name in domains.items():

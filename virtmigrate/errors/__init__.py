@@ -14,6 +14,7 @@
     │   ├── CertificateRefused
     │   ├── InsecureConnection
     │   ├── ReceiverSilent, RequestRefused
+    │   ├── HostDraining
     │   └── LibvirtFailed
     ├── StorageError
     │   ├── NoBackend, StorageDown, LayoutRefused
@@ -27,6 +28,7 @@
     │       ├── RecordMissing, RecordBroken, RecordTooNew
     │       └── RecordConflict
     ├── JournalBroken
+    ├── DrainRefused, PlanDamaged, WayMissing, NotArrived
     ├── InstanceError
     │   ├── InstanceNotFound, InstanceExists, InstanceBusy
     │   ├── InvalidState
@@ -68,6 +70,11 @@ from virtmigrate.errors.base import DomainNotUnderstood as DomainNotUnderstood
 from virtmigrate.errors.base import Error as Error
 from virtmigrate.errors.base import Unsupported as Unsupported
 from virtmigrate.errors.base import XmlRefused as XmlRefused
+from virtmigrate.errors.drain import DrainRefused as DrainRefused
+from virtmigrate.errors.drain import HostDraining as HostDraining
+from virtmigrate.errors.drain import NotArrived as NotArrived
+from virtmigrate.errors.drain import PlanDamaged as PlanDamaged
+from virtmigrate.errors.drain import WayMissing as WayMissing
 from virtmigrate.errors.hosts import AuthenticationFailed as AuthenticationFailed
 from virtmigrate.errors.hosts import CertificateRefused as CertificateRefused
 from virtmigrate.errors.hosts import HostBusy as HostBusy

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emptying this host, and whether it takes new instances."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from virtmigrate import draining, errors
+from virtmigrate.drain import execution, libvirtmover, packing, preflight, values
+from virtmigrate.drain.mover import Mover
+from virtmigrate.face import base
+
+
+class Drains(base.Base):
+    """Empties one host."""
+
+    def start_draining(self, reason: str = "") -> None:
+        """Refuse new instances, and those that move here, until stop_draining()."""
+        draining.begin(self.node, reason)
+
+    def stop_draining(self) -> bool:
+        """Take new instances again; return whether that was a change."""
+        return draining.end(self.node)
+
+    def is_draining(self) -> bool:
+        return draining.is_draining(self.node.mailbox)
+
+    def libvirt_mover(
+        self, fars: Mapping[str, libvirtmover.Far]
+    ) -> libvirtmover.LibvirtMover:
+        """Return what moves instances that no compute service owns.
+
+        Arguments:
+            fars: the other halves of the moves, by the targets' names.
+        """
+        live = getattr(self, "live", None)
+        return libvirtmover.LibvirtMover(
+            self.node, self._source, self.peer, fars, live=live
+        )
+
+    def drain_plan(
+        self, mover: Mover, only: Mapping[str, str] | None = None
+    ) -> values.Plan:
+        """Return what a drain would do now; nothing is moved."""
+        return self._preflight(mover).plan(only)
+
+    @contextlib.contextmanager
+    def drain(
+        self,
+        mover: Mover,
+        listener: Callable[[values.Result], object] = lambda result: None,
+    ) -> Iterator[execution.Drain]:
+        """Be the one that empties this host; DrainRefused while another does.
+
+        It is not closed by that: see start_draining().
+        """
+        options = self.node.options
+        limits = execution.Limits(
+            moves=options.drain_concurrency,
+            per_target=options.drain_target_concurrency,
+            tries=options.drain_tries,
+            seconds=options.drain_move_timeout,
+        )
+        state = Path(options.state_path)
+        with self.node.locks.only("drain") as ours:
+            if not ours:
+                raise errors.DrainRefused(
+                    host=self.node.name, reason="another process drains it now"
+                )
+            look = self._preflight(mover)
+            yield execution.Drain(mover, look, state, limits, listener)
+
+    # Private
+
+    def _preflight(self, mover: Mover) -> preflight.Preflight:
+        options = self.node.options
+        order = packing.Order(options.drain_order)
+        return preflight.Preflight(mover, order, options.drain_concurrency)
