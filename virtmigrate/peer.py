@@ -18,6 +18,7 @@ from virtmigrate import (
     account,
     asking,
     assistance,
+    draining,
     errors,
     known,
     mailbox,
@@ -84,7 +85,8 @@ class Peer:
         return self.mailbox.cards.read(mailbox.CARD).body
 
     def demand(self, needed: needs.Needs) -> None:
-        """Raise HostError unless it can run such a domain and has the name free."""
+        """Raise HostError unless it takes and can run such a domain, its name free."""
+        draining.demand_open(self.mailbox, self.name)
         needs.demand(self.host, needed)
 
     def left(self, card: model.BackendCard) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves instances by libvirt, where no compute service owns them."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -79,6 +80,8 @@ class Live(Protocol):
     """What moves guests that run on."""
 
     def forecast(self, uuid: str, dest: str) -> Forecast: ...
+
+    def demand_none(self, uuid: str) -> None: ...
 
     def migrate(self, uuid: str, dest: str, *, progress: Watch) -> Outcome: ...
 
@@ -171,7 +174,14 @@ class LibvirtMover:
         return [self._prospect(instance, target, way) for way in ways]
 
     def is_under_way(self, uuid: str) -> bool:
-        return uuid in self._under_way()
+        if uuid in self._under_way():
+            return True
+        if self._live is not None:
+            try:
+                self._live.demand_none(uuid)
+            except errors.InvalidState:
+                return True
+        return False
 
     def kept(self, uuid: str) -> str:
         volumes = [v for each in self._here.up() for v in each.retired(uuid)]
@@ -272,13 +282,18 @@ class LibvirtMover:
         self, live: Live, instance: values.Instance, target: str
     ) -> Prospect:
         found = live.forecast(instance.uuid, target)
+        if found.obstacles:
+            reason = "; ".join(found.obstacles)
+            return Prospect(target=target, way=Way.LIVE, obstacle=reason)
+        # Its disks need the same room there, and are sent beside its memory.
+        disks = self._prospect_cold(instance, target, Way.COLD)
         return Prospect(
             target=target,
             way=Way.LIVE,
-            obstacle="; ".join(found.obstacles),
-            bytes=found.memory,
-            seconds=found.seconds,
-            downtime=found.downtime,
+            bytes=found.memory + disks.bytes,
+            seconds=_sum(found.seconds, disks.seconds),
+            downtime=_sum(found.downtime),
+            disks=disks.disks,
         )
 
     def _prospect_cold(
@@ -293,14 +308,14 @@ class LibvirtMover:
             return Prospect(target=target, way=way, obstacle=str(e))
         sent = [v for v in made.transfer.volumes if not v.shared and not v.held]
         count = sum(reservation.sent_size(volume) for volume in sent)
-        seconds = count / rate if (rate := self._links.get(target, 0.0)) else 0.0
-        stands = 0.0 if way is Way.OFFLINE else seconds
+        rate = self._links.get(target, 0.0)
+        seconds = round(count / rate, 1) if rate else None
         return Prospect(
             target=target,
             way=way,
             bytes=count,
-            seconds=round(seconds, 1),
-            downtime=round(stands, 1),
+            seconds=seconds,
+            downtime=0.0 if way is Way.OFFLINE else seconds,
             disks=tuple(Share(backend=v.backend, size=v.room) for v in sent),
         )
 
@@ -362,6 +377,12 @@ def _missing(instance: values.Instance, way: Way) -> errors.WayMissing:
         way=way.value,
         reason="this installation has no such way",
     )
+
+
+def _sum(*seconds: float | None) -> float | None:
+    """Return the sum of times; None where one is not known, or has no end."""
+    known = [each for each in seconds if each is not None and math.isfinite(each)]
+    return round(sum(known), 1) if len(known) == len(seconds) else None
 
 
 def _is_runnable(record: model.Instance) -> bool:

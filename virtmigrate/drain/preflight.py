@@ -153,13 +153,13 @@ def _item(
     )
 
 
-def _rank(line: Line) -> tuple[int, float, str]:
+def _rank(line: Line) -> tuple[int, float, int, str]:
     """Return what sorts lines: long moves first, so that the end is not waited for.
 
     What runs goes before what is off, and what stays comes last.
     """
     if not line.target:
-        return 2, 0.0, line.instance.uuid
+        return 2, 0.0, 0, line.instance.uuid
     first = line.rungs[0]
     group = 1 if first.way is Way.OFFLINE else 0
-    return group, -first.seconds or -float(first.bytes), line.instance.uuid
+    return group, -(first.seconds or 0.0), -first.bytes, line.instance.uuid

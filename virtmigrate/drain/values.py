@@ -117,10 +117,10 @@ class Prospect(Struct, frozen=True):
     """Why it is not open; "" when it is."""
     bytes: int = 0
     """What has to be sent at most."""
-    seconds: float = 0.0
-    """By the measured link; 0 where that is not known."""
-    downtime: float = 0.0
-    """Of its guest, at most."""
+    seconds: float | None = None
+    """By the measured link; None where that is not known, or has no end."""
+    downtime: float | None = None
+    """Of its guest, at most; None as with `seconds`."""
     disks: tuple[Share, ...] = ()
     """What it takes of the target's backends."""
 

@@ -9,7 +9,7 @@ import uuid as uuids
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, draining, errors, model, needs, node, peer
+from virtmigrate import domainxml, errors, model, needs, node, peer
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration import inspection, landing, trees
@@ -128,8 +128,6 @@ class _Planner:
     # The peer
 
     def _check_peer(self, record: model.Instance, xml: str) -> model.HostCard:
-        if self._there.name != self._here.name:
-            draining.demand_open(self._there.mailbox, self._there.name)
         card = self._there.card()
         peer.agree(card)
         if card.host != self._request.dest:
