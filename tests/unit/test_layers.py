@@ -106,6 +106,7 @@ FLOORS = {
     # Faces.
     "face": 8,
     "driver": 8,
+    "emulator": 9,
     "check": 9,
     "cli": 9,
 }

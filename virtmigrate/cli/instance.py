@@ -4,9 +4,21 @@
 import argparse
 from typing import Any
 
-from virtmigrate import adopt, census, domainxml, model, node, takeover
+from virtmigrate import adopt, census, domainxml, emulator, model, node, takeover
 from virtmigrate.cli import command, instances, moves
 from virtmigrate.formats import DiskFormat
+
+COLUMNS = (
+    "uuid",
+    "name",
+    "owner",
+    "state",
+    "power",
+    "peer",
+    "operation",
+    "qemu",
+    "installed",
+)
 
 
 class List(command.Lister):
@@ -14,13 +26,12 @@ class List(command.Lister):
 
     State is the record's: "here" may run here, "away" was handed over, "leaving" is
     in a move, "gone" came here and was given back. What has "no record" can be
-    adopted.
+    adopted. Beside the QEMU that a guest runs on stands the one that is installed.
     """
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
-        columns = ("uuid", "name", "owner", "state", "power", "peer", "operation")
         with self.open() as session:
-            return columns, sorted(_rows(session.look()), key=lambda row: str(row[1]))
+            return COLUMNS, sorted(_rows(session.look()), key=lambda row: str(row[1]))
 
 
 class Adopt(command.Lister):
@@ -169,7 +180,15 @@ def _rows(here: node.Node) -> list[tuple[Any, ...]]:
         if uuid not in records:
             power = here.domains.power(uuid).value
             rows.append((uuid, name, None, "no record", power, None, None))
-    return rows
+    programs, installed = emulator.running(), emulator.installed(here)
+    return [(*row, _program(row[0], domains, programs), installed) for row in rows]
+
+
+def _program(
+    uuid: str, domains: dict[str, str], programs: dict[str, emulator.Emulator]
+) -> str | None:
+    """Return what runs a guest of this host; None of one that does not run here."""
+    return str(programs[uuid]) if uuid in domains and uuid in programs else None
 
 
 def _row(
