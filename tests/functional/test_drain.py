@@ -298,6 +298,55 @@ def test_round_stops_for_the_operator(world: World, command: Draining) -> None:
     assert "alpha had no turn yet" in refused.stderr
 
 
+def test_the_target_does_its_half_itself(world: World, command: Draining) -> None:
+    """Its own driver, asked through its receiver."""
+    world.b.overrides = {"accept_moves": True}
+    world.b.new_driver()
+    guests = [small(world, "cold") for _ in range(2)]
+    rows = command.drain("--to", "beta")
+    assert {row["outcome"] for row in rows.values()} == {"moved"}
+    for each in guests:
+        assert world.b.state_of(each) == "running"
+    assert not (world.a.state / "peers").exists()
+
+
+def test_rehearsal_leaves_nothing(world: World, command: Draining) -> None:
+    instance = small(world, "cold")
+    before = world.a.files()
+    rows = command.json("host", "drain", "--to", "beta", "--rehearse")
+    assert [(row["target"], row["way"], row["failed"]) for row in rows] == [
+        ("beta", "cold", "")
+    ]
+    assert world.a.files() == before and world.b.files() == []
+    assert world.a.driver.list_instance_uuids() == [instance.uuid]
+    assert world.a.state_of(instance) == "running"
+    assert not world.a.driver.is_draining()
+
+
+def test_rehearsal_finds_what_does_not_work(world: World, command: Draining) -> None:
+    """The target plans well, and cannot start anything: its firmware is gone."""
+    small(world, "cold")
+    world.b.overrides = {"accept_moves": True}
+    world.b.new_driver()
+    world.b.driver.cleanup_host("beta")
+    rows = command.json("host", "drain", "--to", "beta", "--rehearse", code=FAILED)
+    assert "no receiver answered" in rows[0]["failed"]
+    # What could not be put back at once is removed by the next one.
+    world.b.new_driver()
+    rows = command.json("host", "drain", "--to", "beta", "--rehearse")
+    assert rows[0]["failed"] == ""
+    assert len(world.a.driver.list_instance_uuids()) == 1
+
+
+def test_list_names_the_qemu_of_each_guest(world: World, command: Draining) -> None:
+    small(world)
+    (row,) = command.json("instance", "list")
+    assert row["qemu"] == row["installed"] != ""
+    rows = command.json("host", "check")
+    (found,) = (row for row in rows if row["check"] == "QEMU")
+    assert found["result"] == "works" and row["installed"] in found["detail"]
+
+
 def large(world: World) -> Any:
     """Make a guest whose disk takes half a minute, once the command is slow."""
     file = world.tmp / "large.raw"

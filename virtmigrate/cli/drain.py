@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from oslo_config import cfg
 from oslo_log import log as logging
 
 from virtmigrate import conf as options
@@ -95,6 +96,12 @@ class Drain(command.Lister):
             "--dry-run", action="store_true", help="show what would be done; do nothing"
         )
         parser.add_argument(
+            "--rehearse",
+            action="store_true",
+            help="try each way that the plan may use, with a tiny instance that comes "
+            "and goes; nobody else's stands still",
+        )
+        parser.add_argument(
             "--return-plan", type=Path, metavar="FILE", help="write how all comes back"
         )
         parser.add_argument(
@@ -116,8 +123,7 @@ class Drain(command.Lister):
             raise errors.ConfigurationError(reason="--rolling and --spare go together")
         with self.open() as session:
             if parsed_args.bandwidth:
-                name = "host_bandwidth_mib"
-                session.conf.set_override(name, parsed_args.bandwidth, options.GROUP)
+                _limit(session.conf, parsed_args.bandwidth)
             here = session.here()
             if parsed_args.stop:
                 changed = here.stop_draining()
@@ -146,6 +152,9 @@ class Drain(command.Lister):
         mover = here.libvirt_mover(fars)
         if args.dry_run:
             return self._show_plan(here.drain_plan(mover, only))
+        if args.rehearse:
+            plan = here.drain_plan(mover, only)
+            return self._show_trials(here.rehearse_drain(mover, plan))
         if only is None:
             round_name = rolling.name(args.rolling, args.spare) if args.rolling else ""
             mover.close_host(round_name)
@@ -158,6 +167,12 @@ class Drain(command.Lister):
         if plan.blocked:
             self.code = outcome.Outcome.FAILED
         return PLAN, [_line(line) for line in plan.lines]
+
+    def _show_trials(self, trials: Sequence[values.Trial]) -> Any:
+        if any(trial.failed for trial in trials):
+            self.code = outcome.Outcome.FAILED
+        rows = [(t.target, t.way.value, t.seconds, t.failed) for t in trials]
+        return ("target", "way", "seconds", "failed"), rows
 
     def _conclude(self, report: values.Report, *, all_gone: bool) -> None:
         """Say what the host still has, and choose the exit code."""
@@ -176,6 +191,16 @@ class Drain(command.Lister):
 
 
 # Private
+
+
+def _limit(conf: cfg.ConfigOpts, mib: int) -> None:
+    """Keep all moves together within MiB per second."""
+    group = conf[options.GROUP]
+    conf.set_override("host_bandwidth_mib", mib, options.GROUP)
+    if "live_bandwidth_mib" in group:
+        # QEMU limits each guest by itself.
+        each = max(1, mib // int(group.drain_concurrency))
+        conf.set_override("live_bandwidth_mib", each, options.GROUP)
 
 
 def _turn(here: VirtMigrateDriver, hosts: Sequence[str], spare: str) -> list[str]:

@@ -4,7 +4,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from oslo_log import log as logging
 
@@ -19,11 +18,13 @@ from virtmigrate import (
 )
 from virtmigrate.drain import emptiness, ladder, link, values
 from virtmigrate.drain.mover import Moved, Watch
+from virtmigrate.drain.parts import Far, Live
 from virtmigrate.drain.values import Prospect, Share, Way
 from virtmigrate.instance import Power
 from virtmigrate.migration import plan
 from virtmigrate.migration.source import Source
 from virtmigrate.model import InstanceState
+from virtmigrate.progress import Progress
 from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
@@ -31,59 +32,9 @@ LOG = logging.getLogger(__name__)
 _OVER = ("lost", "restored", "parked")
 """Newest steps of departures that the instance is not under way by."""
 
+_NO_WAY = "this installation has no such way"
+
 _LEFT = (InstanceState.AWAY, InstanceState.LEAVING)
-
-
-class Far(Protocol):
-    """What a target's own half of a move does, by whatever driver."""
-
-    @property
-    def node(self) -> node.Node:
-        """The target, to look at."""
-        ...
-
-    def finish(self, record: model.Instance, operation: str, ticket: str) -> None:
-        """Take the instance that was given."""
-
-    def settle(self) -> list[str]:
-        """Finish what a failure left there; return what remains."""
-        ...
-
-
-class Forecast(Protocol):
-    """What live migration expects of one move."""
-
-    @property
-    def memory(self) -> int: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def downtime(self) -> float: ...
-
-    @property
-    def obstacles(self) -> tuple[str, ...]: ...
-
-
-class Outcome(Protocol):
-    """How a live migration went."""
-
-    @property
-    def downtime(self) -> float: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-
-class Live(Protocol):
-    """What moves guests that run on."""
-
-    def forecast(self, uuid: str, dest: str) -> Forecast: ...
-
-    def demand_none(self, uuid: str) -> None: ...
-
-    def migrate(self, uuid: str, dest: str, *, progress: Watch) -> Outcome: ...
 
 
 class LibvirtMover:
@@ -197,6 +148,31 @@ class LibvirtMover:
         if way not in (Way.COLD, Way.OFFLINE):
             raise _missing(instance, way)
         return self._move_cold(instance, target, watch)
+
+    def rehearse_live(self, uuid: str, target: str) -> None:
+        """Do all of a live move but the migration itself, and undo it."""
+        if self._live is None:
+            raise errors.WayMissing(instance=uuid, way="live", reason=_NO_WAY)
+        self._live.rehearse(uuid, target)
+
+    def rehearse_cold(self, instance: values.Instance, target: str) -> None:
+        """Move an instance there, have it run, and take it back.
+
+        Raises what a move and a revert raise; a revert may then be left to do.
+        """
+        ticket = self._source.migrate(self._request(instance, target), Progress())
+        operation = self._finish(instance, target, ticket)
+        far = self._fars[target]
+        power = far.node.domains.power(instance.uuid)
+        far.give_back(self._here.instances.read(instance.uuid).body, operation)
+        self._source.revert(instance.uuid)
+        if power is not Power.RUNNING:
+            raise errors.InvalidState(
+                instance=instance.uuid,
+                host=target,
+                state=power.value,
+                reason="it should run there",
+            )
 
     def stop(self, instance: values.Instance) -> None:
         waits = self._here.options
@@ -349,7 +325,8 @@ class LibvirtMover:
             kept = str(e)
         return Moved(downtime=downtime, sent=watch.sent, kept=kept)
 
-    def _finish(self, instance: values.Instance, target: str, ticket: str) -> None:
+    def _finish(self, instance: values.Instance, target: str, ticket: str) -> str:
+        """Let the target take it, and return the move's operation."""
         record = self._here.instances.read(instance.uuid).body
         operations = self._source.open_operations()
         operation = next(
@@ -366,6 +343,7 @@ class LibvirtMover:
             raise errors.NotArrived(
                 instance=instance.uuid, operation=operation, peer=target, reason=e
             ) from e
+        return operation
 
 
 # Private
@@ -375,7 +353,7 @@ def _missing(instance: values.Instance, way: Way) -> errors.WayMissing:
     return errors.WayMissing(
         instance=instance.uuid,
         way=way.value,
-        reason="this installation has no such way",
+        reason=_NO_WAY,
     )
 
 

@@ -248,6 +248,16 @@ class Report(Struct, frozen=True):
         )
 
 
+class Trial(Struct, frozen=True):
+    """How the rehearsal of one way to one target went."""
+
+    target: str
+    way: Way
+    seconds: float
+    failed: str = ""
+    """Why it did not work; "" when it did."""
+
+
 class Return(Struct, frozen=True):
     """How one instance comes back."""
 

@@ -5,8 +5,16 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from virtmigrate import draining, errors
-from virtmigrate.drain import execution, libvirtmover, packing, preflight, values
+from virtmigrate import draining, errors, spawning
+from virtmigrate.drain import (
+    execution,
+    libvirtmover,
+    packing,
+    parts,
+    preflight,
+    rehearsal,
+    values,
+)
 from virtmigrate.drain.mover import Mover
 from virtmigrate.face import base
 
@@ -25,9 +33,7 @@ class Drains(base.Base):
     def is_draining(self) -> bool:
         return draining.is_draining(self.node.mailbox)
 
-    def libvirt_mover(
-        self, fars: Mapping[str, libvirtmover.Far]
-    ) -> libvirtmover.LibvirtMover:
+    def libvirt_mover(self, fars: Mapping[str, parts.Far]) -> libvirtmover.LibvirtMover:
         """Return what moves instances that no compute service owns.
 
         Arguments:
@@ -43,6 +49,14 @@ class Drains(base.Base):
     ) -> values.Plan:
         """Return what a drain would do now; nothing is moved."""
         return self._preflight(mover).plan(only)
+
+    def rehearse_drain(
+        self, mover: libvirtmover.LibvirtMover, plan: values.Plan
+    ) -> list[values.Trial]:
+        """Try each way that a plan may use; no instance of it stands still."""
+        spawner = spawning.Spawner(self.node, self.images)
+        trying = rehearsal.Rehearsal(self.node, spawner, mover, self._destroy_ours)
+        return trying.run(plan)
 
     @contextlib.contextmanager
     def drain(
@@ -71,6 +85,15 @@ class Drains(base.Base):
             yield execution.Drain(mover, look, state, limits, listener)
 
     # Private
+
+    def _destroy_ours(self, uuid: str) -> None:
+        """Remove an instance that a rehearsal made."""
+        with self.node.claimed(uuid):
+            self.node.demand_settled(uuid)
+            self._source.demand_none(uuid)
+            self.node.domains.kill(uuid)
+            self.node.domains.undefine(uuid)
+            self.node.remove_instance(uuid)
 
     def _preflight(self, mover: Mover) -> preflight.Preflight:
         options = self.node.options
