@@ -161,11 +161,9 @@ class LibvirtMover:
         Raises what a move and a revert raise; a revert may then be left to do.
         """
         ticket = self._source.migrate(self._request(instance, target), Progress())
-        operation = self._finish(instance, target, ticket)
-        far = self._fars[target]
-        power = far.node.domains.power(instance.uuid)
-        far.give_back(self._here.instances.read(instance.uuid).body, operation)
-        self._source.revert(instance.uuid)
+        self._finish(instance, target, ticket)
+        power = self._fars[target].node.domains.power(instance.uuid)
+        self.take_back(instance.uuid)
         if power is not Power.RUNNING:
             raise errors.InvalidState(
                 instance=instance.uuid,
@@ -173,6 +171,24 @@ class LibvirtMover:
                 state=power.value,
                 reason="it should run there",
             )
+
+    def take_back(self, uuid: str) -> None:
+        """Have an instance here again that is on its way by a cold move, if one is.
+
+        Raises what a revert raises; InvalidState when it went to none of the targets.
+        """
+        for operation, moved, dest, step in self._source.open_operations():
+            if moved == uuid and step not in _OVER:
+                if dest not in self._fars:
+                    raise errors.InvalidState(
+                        instance=uuid,
+                        host=self.host,
+                        state=step,
+                        reason=f"its move to {dest} is open",
+                    )
+                record = self._here.instances.read(uuid).body
+                self._fars[dest].give_back(record, operation)
+                self._source.revert(uuid)
 
     def stop(self, instance: values.Instance) -> None:
         waits = self._here.options
@@ -325,8 +341,7 @@ class LibvirtMover:
             kept = str(e)
         return Moved(downtime=downtime, sent=watch.sent, kept=kept)
 
-    def _finish(self, instance: values.Instance, target: str, ticket: str) -> str:
-        """Let the target take it, and return the move's operation."""
+    def _finish(self, instance: values.Instance, target: str, ticket: str) -> None:
         record = self._here.instances.read(instance.uuid).body
         operations = self._source.open_operations()
         operation = next(
@@ -343,7 +358,6 @@ class LibvirtMover:
             raise errors.NotArrived(
                 instance=instance.uuid, operation=operation, peer=target, reason=e
             ) from e
-        return operation
 
 
 # Private

@@ -63,7 +63,7 @@ class Rehearsal:
         for record in census.records(self._here).values():
             if record.owner == OWNER and record.host == self._here.name:
                 LOG.warning("instance=%s of a killed rehearsal goes", record.uuid)
-                self._destroy(record.uuid)
+                self._remove(record.uuid)
 
     # Private
 
@@ -97,19 +97,20 @@ class Rehearsal:
         canary = Instance(
             uuid=uuid, name=wanted.name, power="running", memory=_MEMORY, policy=()
         )
-        # On failure it stays, if it cannot be removed: its move may be open.
         try:
             self._mover.rehearse_cold(canary, target)
         except errors.Error:
-            self._give_up(uuid)
+            # The first error tells more.
+            try:
+                self._remove(uuid)
+            except errors.Error as e:
+                LOG.warning("instance=%s of the rehearsal stays for now: %s", uuid, e)
             raise
-        self._destroy(uuid)
+        self._remove(uuid)
 
-    def _give_up(self, uuid: str) -> None:
-        try:
-            self._destroy(uuid)
-        except errors.Error as e:
-            LOG.warning("instance=%s of the rehearsal stays for now: %s", uuid, e)
+    def _remove(self, uuid: str) -> None:
+        self._mover.take_back(uuid)
+        self._destroy(uuid)
 
 
 # Private
