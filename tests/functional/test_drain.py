@@ -307,6 +307,8 @@ def test_the_target_does_its_half_itself(world: World, command: Draining) -> Non
     assert {row["outcome"] for row in rows.values()} == {"moved"}
     for each in guests:
         assert world.b.state_of(each) == "running"
+        there = world.b.driver.node.entitled(each.uuid)
+        assert there.policy == ("cold",)
     assert not (world.a.state / "peers").exists()
 
 

@@ -27,8 +27,12 @@ class Drains(base.Base):
         draining.begin(self.node, reason)
 
     def stop_draining(self) -> bool:
-        """Take new instances again; return whether that was a change."""
-        return draining.end(self.node)
+        """Take new instances again; return whether that was a change.
+
+        Raises DrainRefused while the host is being drained: nothing changed.
+        """
+        with self._only():
+            return draining.end(self.node)
 
     def is_draining(self) -> bool:
         return draining.is_draining(self.node.mailbox)
@@ -76,15 +80,20 @@ class Drains(base.Base):
             seconds=options.drain_move_timeout,
         )
         state = Path(options.state_path)
+        with self._only():
+            look = self._preflight(mover)
+            yield execution.Drain(mover, look, state, limits, listener)
+
+    # Private
+
+    @contextlib.contextmanager
+    def _only(self) -> Iterator[None]:
         with self.node.locks.only("drain") as ours:
             if not ours:
                 raise errors.DrainRefused(
                     host=self.node.name, reason="another process drains it now"
                 )
-            look = self._preflight(mover)
-            yield execution.Drain(mover, look, state, limits, listener)
-
-    # Private
+            yield
 
     def _destroy_ours(self, uuid: str) -> None:
         """Remove an instance that a rehearsal made."""
