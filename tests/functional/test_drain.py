@@ -95,12 +95,12 @@ def test_drain_of_every_kind_and_the_way_back(
 
 def drain_all(world: World, command: Draining, tmp_path: Path, transient: Any) -> None:
     cold = [small(world, "cold") for _ in range(4)]
-    fallen = small(world, "live", "cold")
+    fallen = small(world, "postcopy", "cold")
     off = small(world)
     world.a.driver.power_off(off)
     paused = small(world, "cold")
     world.a.driver.pause(paused)
-    live_only = small(world)
+    stuck = small(world, "postcopy")
     stopped, left = small(world, "stop"), small(world, "leave")
     owned = small(world, "cold", owner="nova")
     before = {each.uuid: digest(world.a.disk(each)) for each in (*cold, fallen, off)}
@@ -110,7 +110,7 @@ def drain_all(world: World, command: Draining, tmp_path: Path, transient: Any) -
     assert plan[cold[0].name]["target"] == "beta" and plan[cold[0].name]["bytes"] > 0
     assert plan[off.name]["way"] == "offline" and plan[off.name]["downtime"] == 0
     assert plan[fallen.name]["way"] == "cold"
-    assert "live" in plan[live_only.name]["blocked"]
+    assert "postcopy" in plan[stuck.name]["blocked"]
     assert "belongs to nova" in plan[owned.name]["blocked"]
     assert "no persistent configuration" in plan[transient.name]["blocked"]
     assert not draining.is_draining(world.a.driver.node.mailbox)
@@ -121,9 +121,7 @@ def drain_all(world: World, command: Draining, tmp_path: Path, transient: Any) -
     rows = command.drain("--to", "beta", *words, code=FAILED)
     moved = (*cold, fallen, off, paused)
     assert {rows[each.name]["outcome"] for each in moved} == {"moved"}
-    assert {rows[e.name]["outcome"] for e in (live_only, owned, transient)} == {
-        "stayed"
-    }
+    assert {rows[e.name]["outcome"] for e in (stuck, owned, transient)} == {"stayed"}
     assert rows[stopped.name]["outcome"] == "stopped"
     assert rows[left.name]["outcome"] == "left"
     assert rows[cold[0].name]["downtime"] > 0 and rows[off.name]["downtime"] is None
@@ -132,12 +130,10 @@ def drain_all(world: World, command: Draining, tmp_path: Path, transient: Any) -
     # A guest that is paused loses its memory by a cold move: it is started anew.
     assert (world.b.state_of(off), world.b.state_of(paused)) == ("shutoff", "running")
     assert world.a.state_of(stopped) == "shutoff"
-    assert {world.a.state_of(e) for e in (live_only, left, owned, transient)} == {
-        "running"
-    }
+    assert {world.a.state_of(e) for e in (stuck, left, owned, transient)} == {"running"}
     for each in (*cold, fallen, off):
         assert digest(world.b.disk(each)) == before[each.uuid]
-    expect_left(file, stopped, live_only, left, owned, transient)
+    expect_left(file, stopped, stuck, left, owned, transient)
     return_all(world, command, back, moved, before)
 
 

@@ -10,8 +10,9 @@ that after a kill the next drain first ends what was begun, then plans the rest 
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,8 +210,7 @@ class Drain:
                     lanes.done(line)
 
         with ThreadPoolExecutor(self._limits.moves, "drain") as pool:
-            for future in [pool.submit(work) for _ in range(self._limits.moves)]:
-                future.result()
+            _await([pool.submit(work) for _ in range(self._limits.moves)])
         for line in lines:
             if line.instance.uuid not in results:
                 results[line.instance.uuid] = _not_begun(line.instance)
@@ -244,6 +244,21 @@ class Drain:
 
 
 # Private
+
+_LOOK = 0.5
+"""Seconds until a signal that another thread got is heard at the latest."""
+
+
+def _await(works: Sequence[Future[None]]) -> None:
+    """Wait for threads, and raise what one of them raised.
+
+    Python calls a signal's handler in the main thread only, between two of its steps; a
+    wait without end has none when the kernel gave the signal to another thread.
+    """
+    while futures.wait(works, timeout=_LOOK).not_done:
+        pass
+    for work in works:
+        work.result()
 
 
 def _not_begun(instance: Instance) -> Result:
