@@ -8,18 +8,22 @@ import pytest
 
 from tests.functional.conftest import World
 from virtmigrate.cli import halves
+from virtmigrate.drain.libvirtmover import LibvirtMover
 from virtmigrate.drain.values import Outcome, Report, Way
 
 # Where this release has no live migration, nothing of it is tried.
 livehosts: Any = pytest.importorskip("tests.functional.livehosts")
 
 
-def emptied(world: World) -> Report:
-    """Drain the first host to the second, whose own driver does its half."""
+def mover_of(world: World) -> LibvirtMover:
+    """What moves the first host's instances to the second, by its own driver's half."""
     driver, name = world.a.driver, world.b.host.name
     half = halves.Asked(driver.peer(name), world.b.driver.node)
-    mover = driver.libvirt_mover({name: half})
-    with driver.drain(mover) as drain:
+    return driver.libvirt_mover({name: half})
+
+
+def emptied(world: World) -> Report:
+    with world.a.driver.drain(mover_of(world)) as drain:
         return drain.run()
 
 
@@ -34,6 +38,12 @@ def test_a_guest_runs_on_there(world: World) -> None:
     livehosts.accept(world, drain_memory_reserve_mib=0)
     instance, off = livehosts.beating(world), world.spawn(world.a)
     world.a.driver.power_off(off)
+    mover, driver = mover_of(world), world.a.driver
+    trials = driver.rehearse_drain(mover, driver.drain_plan(mover))
+    assert {(trial.way, trial.failed) for trial in trials} == {
+        (Way.LIVE, ""),
+        (Way.COLD, ""),
+    }
     report = emptied(world)
     results = {each.uuid: each for each in report.results}
     assert {each.outcome for each in report.results} == {Outcome.MOVED}, report
