@@ -23,6 +23,7 @@ from virtmigrate.drain.values import (
     Prospect,
     Report,
     Result,
+    ReturnPlan,
     Target,
     Way,
 )
@@ -465,3 +466,27 @@ def test_what_counts_as_empty() -> None:
     for name in ("running", "processes", "operations"):
         found = msgspec.structs.replace(stopped, **{name: ("x",)})
         assert found.is_busy and len(found.texts()) == 2
+
+
+def test_plan_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """Its place is a directory: the rename fails, and what was written goes."""
+    taken = tmp_path / "back.json"
+    taken.mkdir()
+    with pytest.raises(OSError):
+        returning.write(taken, ReturnPlan(host="a", made=0.0, entries=()))
+    assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_diary_that_cannot_be_written_ends_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing begins that would not be known after a kill."""
+    mover = FakeMover(*(guest(str(n)) for n in range(4)), targets=["b"])
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(diary.Diary, "moving", full)
+    with pytest.raises(OSError, match="no space"):
+        drain(mover, tmp_path).run()
+    assert mover.calls == []

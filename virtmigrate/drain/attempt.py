@@ -77,6 +77,9 @@ class Attempts:
                 climb.result = climb.ended(Outcome.CANCELLED)
                 return
             climb.tries += 1
+            if rung.target:
+                # What this raises ends the drain: nothing may begin unknown.
+                self._diary.moving(climb.instance.uuid, rung.target, rung.way)
             try:
                 climb.result = self._once(climb.instance, rung, climb)
                 return
@@ -113,7 +116,6 @@ class Attempts:
         if rung.way is Way.STOP:
             self._mover.stop(instance)
             return climb.ended(Outcome.STOPPED)
-        self._diary.moving(instance.uuid, rung.target, rung.way)
         watch = Watch(self._abort, self._seconds)
         return climb.arrived(self._mover.move(instance, rung.target, rung.way, watch))
 
