@@ -80,35 +80,32 @@ class Attempts:
             if rung.target:
                 # What this raises ends the drain: nothing may begin unknown.
                 self._diary.moving(climb.instance.uuid, rung.target, rung.way)
-            try:
-                climb.result = self._once(climb.instance, rung, climb)
-                return
-            except _BETWEEN as e:
-                climb.failed(e)
-                climb.result = climb.ended(Outcome.UNDECIDED)
-                return
-            except _FINAL as e:
-                if self._is_over(climb, e):
-                    return
-                if not isinstance(e.__cause__, errors.Cancelled):
-                    return
-            except (errors.Error, errors.Cancelled) as e:
-                if self._is_over(climb, e):
-                    return
-            except Exception as e:
-                LOG.exception("instance=%s its move failed", climb.instance.uuid)
-                climb.failed(e)
-                climb.result = climb.ended(Outcome.UNDECIDED)
+            if self._is_over(climb, rung):
                 return
 
-    def _is_over(self, climb: "_Climb", error: BaseException) -> bool:
-        """Note what a try ended with; tell whether somebody wanted that."""
+    def _is_over(self, climb: "_Climb", rung: Prospect) -> bool:
+        """Try a way once; tell whether it need not be tried again."""
+        try:
+            climb.result = self._once(climb.instance, rung, climb)
+            return True
+        except _BETWEEN as e:
+            climb.undecided(e)
+            return True
+        except (errors.Error, errors.Cancelled) as e:
+            return self._is_final(climb, e)
+        except Exception as e:
+            LOG.exception("instance=%s its move failed", climb.instance.uuid)
+            climb.undecided(e)
+            return True
+
+    def _is_final(self, climb: "_Climb", error: BaseException) -> bool:
+        """Note why a try failed; tell whether it would fail again."""
         cancelled = isinstance(error.__cause__ or error, errors.Cancelled)
         if cancelled and self._abort.is_set():
             climb.result = climb.ended(Outcome.CANCELLED)
             return True
         climb.failed(error, late=cancelled, seconds=self._seconds)
-        return False
+        return isinstance(error, _FINAL) and not cancelled
 
     def _once(self, instance: Instance, rung: Prospect, climb: "_Climb") -> Result:
         if rung.way is Way.LEAVE:
@@ -136,6 +133,10 @@ class _Climb:
         way = self.rung.way.value if self.rung else "?"
         text = f"it took longer than {seconds:g} s" if late else str(error)
         self._failures.append(f"{way}: {text or type(error).__name__}")
+
+    def undecided(self, error: BaseException) -> None:
+        self.failed(error)
+        self.result = self.ended(Outcome.UNDECIDED)
 
     def ended(self, outcome: Outcome) -> Result:
         return Result(
