@@ -28,9 +28,7 @@ from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
-class VirtMigrateDriver(
-    instances.Instances, images.Images, moves.Moves, drains.Drains
-):
+class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves, drains.Drains):
     """Runs the instances of one host and moves them to others.
 
     Safe to share between threads. `init_host` comes first.
