@@ -17,7 +17,7 @@ from oslo_log import log as logging
 
 from virtmigrate import census, errors, node, spawning
 from virtmigrate.drain.libvirtmover import LibvirtMover
-from virtmigrate.drain.values import Instance, Plan, Prospect, Trial, Way
+from virtmigrate.drain.values import Instance, Plan, Trial, Way
 from virtmigrate.units import MiB
 
 LOG = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Rehearsal:
         Raises HostDraining: the host is drained already.
         """
         self.clear()
-        return [self._trial(rung, uuid) for rung, uuid in _uses(plan)]
+        return [self._trial(*use) for use in _uses(plan)]
 
     def clear(self) -> None:
         """Remove what a killed rehearsal left on this host."""
@@ -68,19 +68,19 @@ class Rehearsal:
 
     # Private
 
-    def _trial(self, rung: Prospect, uuid: str) -> Trial:
+    def _trial(self, way: Way, target: str, uuid: str) -> Trial:
         began, failed = time.monotonic(), ""
         try:
-            if rung.way is Way.LIVE:
-                self._mover.rehearse_live(uuid, rung.target)
+            if way is Way.LIVE:
+                self._mover.rehearse_live(uuid, target)
             else:
-                self._cold(rung.target)
+                self._cold(target)
         except errors.HostDraining:
             raise
         except errors.Error as e:
             failed = str(e)
         seconds = round(time.monotonic() - began, 1)
-        return Trial(target=rung.target, way=rung.way, seconds=seconds, failed=failed)
+        return Trial(target=target, way=way, seconds=seconds, failed=failed)
 
     def _cold(self, target: str) -> None:
         # Always the same: a target keeps a record of each that it gave back.
@@ -118,12 +118,15 @@ class Rehearsal:
 # Private
 
 
-def _uses(plan: Plan) -> Iterator[tuple[Prospect, str]]:
-    """Yield each way to each target once, with an instance that may go it."""
+def _uses(plan: Plan) -> Iterator[tuple[Way, str, str]]:
+    """Yield each way to each target once, with an instance that may go it.
+
+    What is off goes as a cold move does, but that nothing is stopped.
+    """
     seen = set()
     for line in plan.lines:
         for rung in line.rungs:
             way = Way.COLD if rung.way is Way.OFFLINE else rung.way
             if rung.target and (way, rung.target) not in seen:
                 seen.add((way, rung.target))
-                yield rung, line.instance.uuid
+                yield way, rung.target, line.instance.uuid
