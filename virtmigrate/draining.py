@@ -51,6 +51,9 @@ def end(here: node.Node) -> bool:
     Of a round of hosts it stays known that this one had its turn.
     """
     found = noted(here.mailbox)
+    if found is None:
+        # What a killed process began to write, and nobody ever read.
+        here.mailbox.drains.remove(mailbox.DRAIN)
     if found is None or not found.draining:
         return False
     if found.rolling:

@@ -27,7 +27,7 @@ def main() -> None:
         plan[side]["values"]["receiver"] = False
     source, peer = killed.driver(plan["a"]), killed.driver(plan["b"])
     killer = Killer(plan["point"])
-    killer.arm()
+    killer.arm_before(killed.POINTS, [])
     source.start_draining()
     mover = source.libvirt_mover({peer.node.name: halves.Driven(peer)})
     with source.drain(mover) as drain:
