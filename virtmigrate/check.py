@@ -18,6 +18,7 @@ from oslo_config import cfg
 from virtmigrate import (
     address,
     certificates,
+    emulator,
     errors,
     mailbox,
     node,
@@ -134,6 +135,7 @@ def _host(conf: cfg.ConfigOpts) -> Findings:
         for backend in driver.node.backends.values():
             yield from _guarded(f"backend {backend.name}", _looker(backend))
         yield from _operations(driver)
+        yield from _emulators(driver.node)
     finally:
         driver.cleanup_host("check")
 
@@ -211,6 +213,28 @@ def _operations(driver: VirtMigrateDriver) -> Findings:
             )
     if not left and not driver.open_operations():
         yield Finding("open moves", State.WORKS, "none, and nothing is owed")
+
+
+def _emulators(here: node.Node) -> Findings:
+    """Name the guests whose QEMU is not the one that is installed."""
+    programs, installed = emulator.running(), emulator.installed(here)
+    older = [
+        f"{name} ({programs[uuid]})"
+        for uuid, name in here.domains.all()
+        if uuid in programs and emulator.is_older(programs[uuid], installed)
+    ]
+    if not older:
+        yield Finding(
+            "QEMU", State.WORKS, f"no guest runs on one older than {installed}"
+        )
+        return
+    yield Finding(
+        "QEMU",
+        State.WARNING,
+        f"{installed} is installed, and these run on an older one: {', '.join(older)}",
+        "move them to another host, and back: `virtmigrate host drain`; or start them "
+        "anew",
+    )
 
 
 # Backends

@@ -111,7 +111,7 @@ class _Operations:
     def __init__(self, here: node.Node) -> None:
         self.journals = {path.stem for path in here.journals.glob("*.journal")}
         transfers = here.mailbox.transfers
-        self._noted = {name for name in transfers.names() if name != mailbox.CARD}
+        self._noted = {name for name in transfers.names() if name not in mailbox.OWN}
         self._transfers = {s.name: s.body for s in here.mailbox.open_transfers()}
         self._changes = set(_changes(here))
 

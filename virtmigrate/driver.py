@@ -27,14 +27,19 @@ from virtmigrate import (
     transient,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import clones, images, instances, live, moves
+from virtmigrate.face import clones, drains, images, instances, live, moves
 from virtmigrate.livemigration import LiveMigrations
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
 class VirtMigrateDriver(
-    instances.Instances, images.Images, moves.Moves, live.Live, clones.Clones
+    instances.Instances,
+    images.Images,
+    moves.Moves,
+    live.Live,
+    clones.Clones,
+    drains.Drains,
 ):
     """Runs the instances of one host and moves them to others.
 

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, record, storagepool
+from virtmigrate import drainnote, errors, model, record, storagepool
 from virtmigrate.host import Host
 
 LOG = logging.getLogger(__name__)
 
 MAILBOX = "virtmigrate-mailbox"
 CARD = "host"
+DRAIN = "drain"
+
+OWN = (CARD, DRAIN)
+"""Names of what is no transfer."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Mailbox:
     pool: storagepool.Pool
     cards: record.Store[model.HostCard]
     transfers: record.Store[model.Transfer]
+    drains: record.Store[drainnote.Note]
 
     def open_transfers(self) -> Iterator[record.Stored[model.Transfer]]:
         """Yield all transfers; a record that cannot be read is logged, and stays.
@@ -29,7 +34,7 @@ class Mailbox:
         What one peer wrote must not keep others from moving.
         """
         for name in self.transfers.names():
-            if name == CARD:
+            if name in OWN:
                 continue
             try:
                 stored = self.transfers.find(name)
@@ -49,4 +54,5 @@ def of(host: Host, grace: float, **pool_options: object) -> Mailbox:
         pool=pool,
         cards=record.Store(pool, model.HostCard, grace=grace),
         transfers=record.Store(pool, model.Transfer, grace=grace),
+        drains=record.Store(pool, drainnote.Note, grace=grace),
     )

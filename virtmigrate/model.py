@@ -326,6 +326,10 @@ class Instance(Struct, frozen=True):
     """Disks that a revert took away; their volumes stay until the instance goes."""
     change: Change | None = None
     cloned: Cloned | None = None
+    policy: tuple[str, ...] = ()
+    """How it may leave a host that is drained, first choice first; none: the host's."""
+    apart: tuple[str, ...] = ()
+    """Groups whose members are never to be on one host."""
 
 
 class Tenure(Struct, frozen=True):

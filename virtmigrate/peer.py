@@ -18,6 +18,7 @@ from virtmigrate import (
     account,
     asking,
     assistance,
+    draining,
     errors,
     known,
     mailbox,
@@ -69,7 +70,7 @@ class Peer:
     ) -> None:
         self.host = host
         self.name = host.name
-        self._mailbox = box
+        self.mailbox = box
         self.transfers = box.transfers
         self._patience = patience
         self._helps: dict[str, assistance.Assistance] = {}
@@ -81,11 +82,20 @@ class Peer:
 
         Raises HostError, RecordError; MigrationRefused comes from `agree`.
         """
-        return self._mailbox.cards.read(mailbox.CARD).body
+        return self.mailbox.cards.read(mailbox.CARD).body
 
     def demand(self, needed: needs.Needs) -> None:
-        """Raise HostError unless it can run such a domain and has the name free."""
+        """Raise HostError unless it takes and can run such a domain, its name free."""
+        draining.demand_open(self.mailbox, self.name)
         needs.demand(self.host, needed)
+
+    def left(self, card: model.BackendCard) -> int:
+        """Return the bytes of a backend that are neither used nor reserved."""
+        return reservation.Room(self.mailbox, card, self._incoming(card)).left()
+
+    def incoming(self, card: model.BackendCard) -> storagepool.Pool:
+        """Return the pool that takes what arrives for a backend."""
+        return self._incoming(card)
 
     def sees(self, pool: str, nonce: str) -> bool:
         """Tell whether a pool of the peer shows a volume; False without the pool."""
@@ -123,7 +133,7 @@ class Peer:
         if holding != transfer:
             self.transfers.publish(stored.name, holding, after=stored.generation)
         for card in cards.values():
-            room = reservation.Room(self._mailbox, card, self._incoming(card))
+            room = reservation.Room(self.mailbox, card, self._incoming(card))
             missing = room.missing(holding)
             if missing and helps.reclaim(card.name, missing, check):
                 missing = room.missing(holding)
@@ -291,9 +301,9 @@ class Peer:
 
         And before it what a killed attempt asked and did not take away.
         """
-        for name in self._mailbox.pool.names():
+        for name in self.mailbox.pool.names():
             if request.operation_of(name) == operation:
-                self._mailbox.pool.delete(name)
+                self.mailbox.pool.delete(name)
         self.transfers.remove(operation)
         self._helps.pop(operation, None)
 
@@ -314,7 +324,7 @@ class Peer:
         found = self._helps.get(operation)
         if found is None:
             asker = asking.Asker(
-                self._mailbox.pool,
+                self.mailbox.pool,
                 operation,
                 begin_timeout=self._patience,
                 stall_timeout=self.host.timeouts.call,
@@ -358,7 +368,7 @@ class Peer:
     def _pool(
         self, name: str, *, thick: bool = False, preallocate: bool = False
     ) -> storagepool.Pool:
-        ours = self._mailbox.pool
+        ours = self.mailbox.pool
         return storagepool.Pool(
             self.host,
             name,

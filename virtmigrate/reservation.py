@@ -35,8 +35,12 @@ class Room:
 
         What all others have reserved and not written yet counts as used.
         """
-        wanted = self._outstanding(transfer) + self._reserved(transfer)
+        wanted = self._outstanding(transfer) + self._reserved(transfer.operation)
         return max(0, wanted - self._free())
+
+    def left(self) -> int:
+        """Return the bytes that are neither used nor reserved by anybody."""
+        return max(0, self._free() - self._reserved())
 
     def error(self, transfer: model.Transfer) -> errors.NoSpace:
         """Return what to raise when bytes are missing."""
@@ -45,7 +49,7 @@ class Room:
             pool=self._incoming.name,
             free=format_bytes(self._free()),
             wanted=format_bytes(sum(v.room for v in self._ours(transfer))),
-            reserved=format_bytes(self._reserved(transfer)),
+            reserved=format_bytes(self._reserved(transfer.operation)),
         )
 
     # Private
@@ -53,14 +57,14 @@ class Room:
     def _free(self) -> int:
         return max(0, self._incoming.room().free - self._card.reserved)
 
-    def _reserved(self, transfer: model.Transfer) -> int:
-        """Return the bytes that other transfers may still write.
+    def _reserved(self, operation: str = "") -> int:
+        """Return the bytes that transfers other than this one may still write.
 
         One that wants more than there is can't be honest, and keeps nobody out.
         """
         total, capacity = 0, self._incoming.room().capacity
         for other in self._mailbox.open_transfers():
-            if other.name == transfer.operation:
+            if other.name == operation:
                 continue
             wanted = self._outstanding(other.body)
             if wanted > capacity:

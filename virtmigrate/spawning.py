@@ -10,6 +10,7 @@ from oslo_log import log as logging
 
 from virtmigrate import (
     domainxml,
+    draining,
     errors,
     filling,
     imagecache,
@@ -67,8 +68,9 @@ class Spawner:
     def spawn(self, wanted: Wanted, *, power_on: bool = True) -> None:
         """Make the instance and start it.
 
-        Raises InstanceExists. On failure nothing of it stays.
+        Raises InstanceExists, HostDraining. On failure nothing of it stays.
         """
+        draining.demand_open(self._here.mailbox, self._here.name)
         transients.demand(self._here, wanted.uuid, wanted.transient, _writable(wanted))
         with self._here.claimed(wanted.uuid):
             if self._here.domains.exists(wanted.uuid):

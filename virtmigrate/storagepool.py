@@ -352,13 +352,13 @@ class Pool(poolcalls.PoolCalls):
         return self._nearby
 
     @contextlib.contextmanager
-    def nonce(self) -> Iterator[str]:
-        """Yield the name of an empty volume that only this caller can know.
+    def nonce(self, size: int = 0) -> Iterator[str]:
+        """Yield the name of a volume of so many bytes that only this caller can know.
 
         What a killed process leaves of it, `remove_nonces` removes.
         """
         name = f"{self._nonces}{time.time():.0f}.{uuid.uuid4().hex}"
-        self.create_raw(name, 0)
+        self.create_raw(name, size)
         try:
             yield name
         finally:

@@ -129,6 +129,8 @@ class Tenures:
                 current=found.current,
                 detached=found.detached,
                 change=found.change,
+                policy=found.policy,
+                apart=found.apart,
                 domain_xml=found.domain_xml or tenure.record.domain_xml,
             )
             return msgspec.structs.replace(tenure, record=record)

@@ -16,7 +16,7 @@ import msgspec
 from tests.functional import cloneworld, killed
 from virtmigrate import domainstate, instance, journal, record, storagepool
 from virtmigrate.backends import making
-from virtmigrate.clone import apart, detaching, memory
+from virtmigrate.clone import apart, memory
 from virtmigrate.driver import VirtMigrateDriver
 
 POINTS: list[killed.Point] = [
@@ -34,11 +34,11 @@ POINTS: list[killed.Point] = [
     (memory, "_write"),
     (apart.Apart, "hold"),
     (apart.Apart, "release"),
-    (detaching.Pulls, "stand_in"),
+    (domainstate.States, "stand_in"),
 ]
 LASTING: list[killed.Point] = [
     (domainstate.States, "freeze"),
-    (detaching.Pulls, "pull"),
+    (domainstate.States, "pull"),
 ]
 
 

@@ -6,7 +6,7 @@ import types
 import uuid as uuids
 from typing import Any
 
-from virtmigrate import errors
+from virtmigrate import census, errors
 from virtmigrate.cli import command, display, instances
 
 _COLUMNS = ("uuid", "name", "source", "kind", "state", "power", "not unique")
@@ -76,7 +76,7 @@ class List(command.Lister):
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         with self.open() as session:
             here = session.look()
-            found = instances.records(here)
+            found = census.records(here)
             rows = []
             for record in found.values():
                 if record.cloned is None:

@@ -4,9 +4,31 @@
 import argparse
 from typing import Any
 
-from virtmigrate import adopt, domainxml, model, node, scratch, takeover
+from virtmigrate import (
+    adopt,
+    census,
+    domainxml,
+    emulator,
+    model,
+    node,
+    scratch,
+    takeover,
+)
 from virtmigrate.cli import command, instances, moves
 from virtmigrate.formats import DiskFormat
+
+COLUMNS = (
+    "uuid",
+    "name",
+    "owner",
+    "state",
+    "power",
+    "peer",
+    "operation",
+    "transient",
+    "qemu",
+    "installed",
+)
 
 
 class List(command.Lister):
@@ -14,22 +36,13 @@ class List(command.Lister):
 
     State is the record's: "here" may run here, "away" was handed over, "leaving" is
     in a move, "gone" came here and was given back. What has "no record" can be
-    adopted. What guests write to the disks under "transient" goes when they are off.
+    adopted. Beside the QEMU that a guest runs on stands the one that is installed. What
+    guests write to the disks under "transient" goes when they are off.
     """
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
-        columns = (
-            "uuid",
-            "name",
-            "owner",
-            "state",
-            "power",
-            "peer",
-            "operation",
-            "transient",
-        )
         with self.open() as session:
-            return columns, sorted(_rows(session.look()), key=lambda row: str(row[1]))
+            return COLUMNS, sorted(_rows(session.look()), key=lambda row: str(row[1]))
 
 
 class Adopt(command.Lister):
@@ -204,14 +217,22 @@ def _layer(text: str) -> domainxml.Layer:
 
 
 def _rows(here: node.Node) -> list[tuple[Any, ...]]:
-    records = instances.records(here)
+    records = census.records(here)
     domains = dict(here.domains.all())
     rows = [_row(here, record, domains) for record in records.values()]
     for uuid, name in domains.items():
         if uuid not in records:
             power = here.domains.power(uuid).value
             rows.append((uuid, name, None, "no record", power, None, None, None))
-    return rows
+    programs, installed = emulator.running(), emulator.installed(here)
+    return [(*row, _program(row[0], domains, programs), installed) for row in rows]
+
+
+def _program(
+    uuid: str, domains: dict[str, str], programs: dict[str, emulator.Emulator]
+) -> str | None:
+    """Return what runs a guest of this host; None of one that does not run here."""
+    return str(programs[uuid]) if uuid in domains and uuid in programs else None
 
 
 def _row(

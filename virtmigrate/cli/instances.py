@@ -3,7 +3,7 @@
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node
+from virtmigrate import census, errors, model, node
 
 LOG = logging.getLogger(__name__)
 
@@ -21,24 +21,6 @@ _COMMANDS = {
 }
 
 
-def records(here: node.Node) -> dict[str, model.Instance]:
-    """Return the records of all instances by UUID; broken ones are left out."""
-    found: dict[str, model.Instance] = {}
-    try:
-        names = here.instances.names()
-    except errors.PoolNotFound:
-        return found
-    for name in names:
-        try:
-            stored = here.instances.find(name)
-        except errors.RecordError as e:
-            LOG.warning("%s", e)
-            continue
-        if stored is not None:
-            found[name] = stored.body
-    return found
-
-
 def find(here: node.Node, called: str) -> model.Instance:
     """Return the record of an instance by UUID or name.
 
@@ -52,7 +34,7 @@ def find(here: node.Node, called: str) -> model.Instance:
 def find_uuid(here: node.Node, called: str) -> str:
     """Return the UUID of an instance or domain; it may have no record."""
     named = dict(here.domains.all())
-    named |= {uuid: record.name for uuid, record in records(here).items()}
+    named |= {uuid: record.name for uuid, record in census.records(here).items()}
     if called.lower() in named:
         return called.lower()
     matches = [uuid for uuid, name in named.items() if name == called]

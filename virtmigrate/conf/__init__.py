@@ -17,6 +17,7 @@ from virtmigrate import errors
 from virtmigrate.conf import (
     cache,
     clone,
+    drain,
     host,
     image,
     live,
@@ -44,6 +45,7 @@ ALL_HOST_OPTS = [
     *transient.transient_opts,
     *saving.saving_opts,
     *clone.clone_opts,
+    *drain.drain_opts,
 ]
 
 

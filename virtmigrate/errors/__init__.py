@@ -15,6 +15,7 @@
     │   ├── CertificateRefused
     │   ├── InsecureConnection
     │   ├── ReceiverSilent, RequestRefused
+    │   ├── HostDraining
     │   └── LibvirtFailed
     ├── StorageError
     │   ├── NoBackend, StorageDown, LayoutRefused
@@ -28,6 +29,7 @@
     │       ├── RecordMissing, RecordBroken, RecordTooNew
     │       └── RecordConflict
     ├── JournalBroken
+    ├── DrainRefused, PlanDamaged, WayMissing, NotArrived
     ├── InstanceError
     │   ├── InstanceNotFound, InstanceExists, InstanceBusy
     │   ├── InvalidState
@@ -81,6 +83,11 @@ from virtmigrate.errors.clones import CloneError as CloneError
 from virtmigrate.errors.clones import CloneFailed as CloneFailed
 from virtmigrate.errors.clones import CloneRefused as CloneRefused
 from virtmigrate.errors.clones import SaveImageRefused as SaveImageRefused
+from virtmigrate.errors.drain import DrainRefused as DrainRefused
+from virtmigrate.errors.drain import HostDraining as HostDraining
+from virtmigrate.errors.drain import NotArrived as NotArrived
+from virtmigrate.errors.drain import PlanDamaged as PlanDamaged
+from virtmigrate.errors.drain import WayMissing as WayMissing
 from virtmigrate.errors.hosts import AuthenticationFailed as AuthenticationFailed
 from virtmigrate.errors.hosts import CertificateRefused as CertificateRefused
 from virtmigrate.errors.hosts import HostBusy as HostBusy
