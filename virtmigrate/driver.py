@@ -23,12 +23,14 @@ from virtmigrate import (
     takeover,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import images, instances, moves
+from virtmigrate.face import console, images, instances, moves
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
 
 
-class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
+class VirtMigrateDriver(
+    instances.Instances, images.Images, moves.Moves, console.Consoles
+):
     """Runs the instances of one host and moves them to others.
 
     Safe to share between threads. `init_host` comes first.
@@ -109,6 +111,10 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         """Return what this host has, in Nova's terms (MiB and GiB)."""
         return inventory.resources(self.node)
 
+    def storage(self) -> list[inventory.Storage]:
+        """Return the storage of this host, each once, and what its backends are."""
+        return inventory.storage(self.node)
+
     def get_available_nodes(self, refresh: bool = False) -> list[str]:
         return [self.node.name]
 
@@ -117,3 +123,7 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
     ) -> None:
         """Call back, from a thread of ours, for each change of an instance's state."""
         self._events.start(callback, float(self.node.options.event_interval))
+
+    def stop_events(self) -> None:
+        """Call nobody back any more."""
+        self._events.stop()

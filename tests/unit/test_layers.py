@@ -97,6 +97,7 @@ FLOORS = {
     "neighbours": 6,
     "fetching": 6,
     "imagecache": 6,
+    "console": 2,
     "spawning": 7,
     "mapping": 7,
     # Faces.
@@ -104,6 +105,7 @@ FLOORS = {
     "driver": 8,
     "check": 9,
     "cli": 9,
+    "nova_plugin": 9,
 }
 """The floor of each module or package; see docs/architecture.md."""
 
