@@ -26,11 +26,14 @@ else:
     warnings.simplefilter("ignore")
     # First of all: it decides on threads.
     # Before fixtures of Nova take libvirt's place, and forbid to ask for the machine.
-    import inotify_simple  # noqa: F401
+    import inotify_simple
     import libvirt  # noqa: F401
 
     from sandbox import Host, Sandbox
     from tests.nova import sites
+
+    # It asks for the machine when it is first used.
+    inotify_simple.INotify().close()
 
     @pytest.fixture(scope="session")
     def hosts() -> Iterator[dict[str, Host]]:
@@ -40,8 +43,8 @@ else:
         for name in names:
             box.remove_host(name)
 
-    @pytest.fixture(autouse=True)
-    def _sites(
+    @pytest.fixture
+    def empty_hosts(
         request: pytest.FixtureRequest, hosts: dict[str, Host]
     ) -> Iterator[None]:
         """Each test finds its hosts empty, and leaves them so."""

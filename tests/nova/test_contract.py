@@ -4,6 +4,7 @@
 import sys
 from typing import Any
 
+import pytest
 from nova import exception, objects, test
 from nova.image import glance
 from nova.tests import fixtures as nova_fixtures
@@ -12,6 +13,7 @@ from nova.tests.unit.virt import test_virt_drivers
 
 from tests.nova import images, sites
 
+pytestmark = pytest.mark.usefixtures("empty_hosts")
 Contract: Any = test_virt_drivers._VirtDriverTestCase
 TestCase: Any = test.TestCase
 
@@ -74,7 +76,7 @@ class TestContract(Contract, TestCase):
             options={
                 "name": "virtmigrate",
                 "flavorid": "virtmigrate",
-                "memory_mb": 64,
+                "memory_mb": 128,
                 "vcpus": 1,
                 "root_gb": 1,
                 "ephemeral_gb": 0,

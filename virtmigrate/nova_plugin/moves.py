@@ -61,6 +61,7 @@ class Moves(base.Base):
         allocations: Any,
         block_device_info: Any = None,
         power_on: bool = True,
+        share_info: Any = None,
         **_: Any,
     ) -> None:
         """Take the instance that was handed over to this host."""
@@ -89,6 +90,7 @@ class Moves(base.Base):
         migration: Any,
         block_device_info: Any = None,
         power_on: bool = True,
+        share_info: Any = None,
         **_: Any,
     ) -> None:
         """Take the instance back; Nova also calls it when it starts, from any state."""
