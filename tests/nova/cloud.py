@@ -27,7 +27,7 @@ class Cloud(Base):
     """
 
     compute_driver = "virtmigrate.VirtMigrateDriver"
-    sites: sites.Sites
+    places: sites.Sites
 
     def setUp(self) -> None:
         paste = f"{sys.prefix}/etc/nova/api-paste.ini"
@@ -41,7 +41,7 @@ class Cloud(Base):
         self.called: dict[str, list[BaseException | None]] = {}
         self._trace()
         self._identify()
-        self.alpha, self.beta = self.sites.site("alpha"), self.sites.site("beta")
+        self.alpha, self.beta = self.places.site("alpha"), self.places.site("beta")
         for name in ("alpha", "beta"):
             driver = self._start_compute(name).manager.driver
             self.addCleanup(driver.cleanup_host, name)
@@ -101,7 +101,7 @@ class Cloud(Base):
         until(gone)
 
     def site_of(self, server: Any) -> sites.Site:
-        return self.sites.site(server["OS-EXT-SRV-ATTR:host"])
+        return self.places.site(server["OS-EXT-SRV-ATTR:host"])
 
     def _identify(self) -> None:
         """Nova has one identity for a process, and here are two computes in it."""

@@ -5,6 +5,7 @@ Runs in the environment that tools/setup-nova makes; in another one nothing here
 collected.
 """
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -24,7 +25,8 @@ if found is None:
     collect_ignore_glob = ["*.py"]
 else:
     warnings.simplefilter("ignore")
-    # First of all: it decides on threads.
+    # First of all: it decides on threads, and eventlet is forbidden from then on.
+    importlib.import_module("nova.tests.functional")
     # Before fixtures of Nova take libvirt's place, and forbid to ask for the machine.
     import inotify_simple
     import libvirt  # noqa: F401
@@ -50,7 +52,7 @@ else:
         """Each test finds its hosts empty, and leaves them so."""
         tmp = request.getfixturevalue("tmp_path")
         made = sites.Sites(hosts, tmp)
-        request.instance.sites = made
+        request.instance.places = made
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 "virtmigrate.nova_plugin.base.Base.configuration",

@@ -22,11 +22,11 @@ class TestContract(Contract, TestCase):
     """What is stubbed by Nova's own set-up for libvirt is not: libvirt is real."""
 
     REQUIRES_LOCKING = True
-    sites: sites.Sites
+    places: sites.Sites
 
     def setUp(self) -> None:
         self.driver_module = "nova.virt.virtmigrate.VirtMigrateDriver"
-        site = self.sites.site("alpha")
+        site = self.places.site("alpha")
         # The contract wants an address; on this host alone it is as good as a name.
         site.overrides["address"] = site.host.address
         real = nova_fixtures.GlanceFixture
@@ -48,7 +48,7 @@ class TestContract(Contract, TestCase):
     def test_init_host(self) -> None:
         """Started by setUp(), as Nova does: once."""
         assert self.connection.get_available_nodes() == [
-            self.sites.site("alpha").host.address
+            self.places.site("alpha").host.address
         ]
 
     def test_migrate_disk_and_power_off(self) -> None:
@@ -56,7 +56,7 @@ class TestContract(Contract, TestCase):
         with self.assertRaises(exception.InstanceFaultRollback):
             super().test_migrate_disk_and_power_off()
         (uuid,) = self.connection.list_instance_uuids()
-        assert self.sites.site("alpha").state_of(uuid) == "running"
+        assert self.places.site("alpha").state_of(uuid) == "running"
 
     def test_live_migration(self) -> None:
         """Not even begun: it is refused by the check before it."""

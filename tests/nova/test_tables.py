@@ -19,12 +19,10 @@ from virtmigrate.nova_plugin.driver import VirtMigrateDriver
 objects.register_all()
 
 DOCS = (Path(__file__).parents[2] / "docs/nova.md").read_text()
-METHODS = {
-    name: status
-    for name, status in re.findall(
-        r"^\| `(\w+)` \| (supported|refused|not needed) \|", DOCS, re.MULTILINE
-    )
-}
+_LINES = re.findall(
+    r"^\| `(\w+)` \| (supported|refused|not needed) \|", DOCS, re.MULTILINE
+)
+METHODS: dict[str, str] = dict(_LINES)
 BASE: Any = nova_driver.ComputeDriver
 
 
