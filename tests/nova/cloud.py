@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nova in one process: API, conductor, scheduler, placement, and two computes."""
 
+import re
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nova.tests import fixtures as nova_fixtures
@@ -14,6 +16,9 @@ from nova.virt import driver as nova_driver
 from tests.nova import images, sites
 from virtmigrate.nova_plugin.driver import VirtMigrateDriver
 
+DOCS = (Path(__file__).parents[2] / "docs/nova.md").read_text()
+CALLED: set[str] = set()
+"""What Nova called in all tests."""
 Base: Any = integrated_helpers.ProviderUsageBaseTestCase
 TIMEOUT = 240.0
 """Seconds: the machine may have much else to do."""
@@ -40,6 +45,7 @@ class Cloud(Base):
         super().setUp()
         self.called: dict[str, list[BaseException | None]] = {}
         self._trace()
+        self.addCleanup(self._expect_named)
         self._identify()
         self.alpha, self.beta = self.places.site("alpha"), self.places.site("beta")
         for name in ("alpha", "beta"):
@@ -128,6 +134,21 @@ class Cloud(Base):
                     f"virtmigrate.nova_plugin.driver.VirtMigrateDriver.{name}",
                     self._traced(name, method),
                 )
+
+    def _expect_named(self) -> None:
+        """What Nova asked for and is not there is what the page says."""
+        missing = {
+            name
+            for name, raised in self.called.items()
+            if any(isinstance(each, NotImplementedError) for each in raised)
+        }
+        named = set(
+            re.findall(
+                r"^\| `(\w+)` \| refused \| NotImplementedError", DOCS, re.MULTILINE
+            )
+        )
+        assert missing <= named, missing - named
+        CALLED.update(self.called)
 
     def _traced(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

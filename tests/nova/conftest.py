@@ -8,6 +8,7 @@ collected.
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -81,3 +82,13 @@ def pytest_collection_modifyitems(
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: run with --full only")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what Nova called of the driver."""
+    cloud = sys.modules.get("tests.nova.cloud")
+    called = sorted(cloud.CALLED) if cloud else ()
+    if called:
+        terminalreporter.write_line(
+            f"Nova called {len(called)} methods of the driver: {', '.join(called)}"
+        )

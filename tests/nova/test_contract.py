@@ -120,3 +120,35 @@ def _refused(name: str, error: type[Exception]) -> Any:
 
 for each, raised in REFUSED.items():
     setattr(TestContract, f"test_{each}", _refused(f"test_{each}", raised))
+
+LONG = (
+    *REFUSED,
+    "block_stats",
+    "get_device_name_for_instance",
+    "get_diagnostics",
+    "get_instance_diagnostics",
+    "get_instance_disk_info",
+    "live_migration_abort",
+    "poll_rebooting_instances",
+    "restore_running",
+    "restore_soft_deleted",
+    "resume_unsuspended_instance",
+    "snapshot_running",
+    "soft_delete",
+    "trigger_crash_dump",
+    "unpause_unpaused_instance",
+    "unrescue_unrescued_instance",
+)
+"""Those that boot a guest to be refused, or to have nothing done to it."""
+
+
+def _long(method: Any) -> Any:
+    def test_long(self: Any) -> None:
+        method(self)
+
+    test_long.__doc__ = method.__doc__
+    return pytest.mark.long(test_long)
+
+
+for each in LONG:
+    setattr(TestContract, f"test_{each}", _long(getattr(TestContract, f"test_{each}")))

@@ -2,11 +2,13 @@
 """What users do with servers, on two hosts with real guests."""
 
 import base64
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sandbox import guest
+from sandbox import guest, watch
 from tests.nova import cloud, images, sites
 from virtmigrate import errors
 
@@ -87,11 +89,8 @@ class TestLife(cloud.Cloud):
                 "CUSTOM_VIRTMIGRATE_BACKEND_LOCAL",
                 "CUSTOM_VIRTMIGRATE_MEDIA_SSD",
             }
-        hypervisors = self.admin_api.get_hypervisors()
-        assert {each["hypervisor_hostname"] for each in hypervisors} == {
-            "alpha",
-            "beta",
-        }
+        told = self.admin_api.api_get("os-hypervisors/detail").body["hypervisors"]
+        assert {each["hypervisor_hostname"] for each in told} == {"alpha", "beta"}
 
     # Private
 
@@ -118,6 +117,7 @@ class TestRefused(cloud.Cloud):
         self.glance.images[images.GUEST]["properties"]["hw_disk_bus"] = "ide"
         self.expect_refused("hw_disk_bus=ide")
 
+    @pytest.mark.long
     def test_files_without_a_drive(self) -> None:
         # The last one with files to inject; it has no `networks: none` to leave out.
         self.admin_api.microversion = "2.56"
@@ -159,13 +159,19 @@ class TestMoves(cloud.Cloud):
     def test_migrated_running_and_confirmed(self) -> None:
         server = self.boot()
         counted = self.beats(self.alpha, server)
-        self.act(server, "migrate")
-        self.wait(server, "VERIFY_RESIZE")
+        hosts = (self.alpha.host, self.beta.host)
+        watched = [os.getpid(), *(host.libvirtd_pid for host in hosts)]
+        with watch.programs(watched) as started:
+            self.act(server, "migrate")
+            self.wait(server, "VERIFY_RESIZE")
+        assert "qemu-system-x86_64" in started.names
+        assert not started.names & {"ssh", "scp", "sftp", "rsync"}
         self.act(server, "confirmResize")
         self.wait(server, "ACTIVE")
         assert self.alpha.state_of(server["id"]) is None
         assert self.beta.state_of(server["id"]) == "running"
         assert self.beats(self.beta, server) > counted
+        assert guest.boots(self.log(self.beta, server))[-1] >= counted
 
     def test_migrated_running_and_reverted(self) -> None:
         server = self.boot()
@@ -204,6 +210,7 @@ class TestMoves(cloud.Cloud):
             assert site.state_of(server["id"]) is None
             assert not [name for name in site.volumes() if name.startswith("vd")]
 
+    @pytest.mark.long
     def test_disks_that_a_resize_does_not_make(self) -> None:
         server = self.boot()
         more = self.flavor("more", memory_mb=128, ephemeral_gb=1)
@@ -213,6 +220,7 @@ class TestMoves(cloud.Cloud):
         assert found["OS-EXT-SRV-ATTR:host"] == "alpha"
         assert self.alpha.state_of(server["id"]) == "running"
 
+    @pytest.mark.long
     def test_live_migration_is_refused(self) -> None:
         server = self.boot()
         self.act(server, "os-migrateLive", host=None, block_migration="auto")
@@ -235,9 +243,12 @@ class TestMoves(cloud.Cloud):
 
     def beats(self, site: sites.Site, server: Any) -> int:
         """Return the number that the guest said last; wait until it said one."""
-        log = site.console / f"virtmigrate-{server['id']}.log"
+        log = self.log(site, server)
         found = cloud.until(lambda: log.exists() and guest.beats(log))
         return int(found[-1].number)
+
+    def log(self, site: sites.Site, server: Any) -> Path:
+        return site.console / f"virtmigrate-{server['id']}.log"
 
     def root(self, server: Any, site: sites.Site) -> str:
         """Return the digest of the disk's file."""
