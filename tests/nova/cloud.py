@@ -20,7 +20,7 @@ DOCS = (Path(__file__).parents[2] / "docs/nova.md").read_text()
 CALLED: set[str] = set()
 """What Nova called in all tests."""
 Base: Any = integrated_helpers.ProviderUsageBaseTestCase
-TIMEOUT = 240.0
+TIMEOUT = 180.0
 """Seconds: the machine may have much else to do."""
 NETWORKS = "none"
 
