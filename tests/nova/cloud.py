@@ -95,6 +95,9 @@ class Cloud(Base):
             busy = found["OS-EXT-STS:task_state"] is not None
             if found["status"] == "ERROR" != status and not busy:
                 raise AssertionError(f"it is in ERROR: {found.get('fault')}")
+            if status == "VERIFY_RESIZE" and not busy:
+                raised = self.called.get("migrate_disk_and_power_off", [None])[-1]
+                assert raised is None, repr(raised)
             return found if found["status"] == status and not busy else None
 
         return until(there)

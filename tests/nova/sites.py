@@ -20,10 +20,10 @@ STATES = {1: "running", 3: "paused", 5: "shutoff"}
 class Site:
     """One host, with a backend of kind dir."""
 
-    def __init__(self, host: Host, tmp: Path) -> None:
+    def __init__(self, host: Host, tmp: Path, console: Path) -> None:
         self.host = host
         self.path = host.storage / "vm"
-        self.console = host.storage / "console"
+        self.console = console
         self.state = tmp / host.name
         self.overrides: dict[str, object] = {}
 
@@ -113,7 +113,9 @@ class Sites:
 
     def __init__(self, hosts: Mapping[str, Host], tmp: Path) -> None:
         self.tmp = tmp
-        self._sites = {name: Site(host, tmp) for name, host in hosts.items()}
+        # The path of a log goes with a guest: it is the same on all hosts.
+        console = next(iter(hosts.values())).storage / "console"
+        self._sites = {name: Site(host, tmp, console) for name, host in hosts.items()}
 
     def site(self, name: str) -> Site:
         """Return the site of a name; of a name that is none, the first."""
