@@ -54,7 +54,7 @@ class TestRestarts(cloud.Cloud):
             assert conn.lookupByUUIDString(server["id"]).ID() == before
 
     def test_deleted_after_a_move_that_failed_at_the_target(self) -> None:
-        """Nova's periodic task has both hosts remove what is left."""
+        """With the next pass of the image cache all that is left goes."""
         server = self.boot()
 
         def fail(*_: Any, **__: Any) -> None:
@@ -64,16 +64,16 @@ class TestRestarts(cloud.Cloud):
             patch.setattr(core.VirtMigrateDriver, "finish_migration", fail)
             self.act(server, "migrate")
             self.wait(server, "ERROR")
+        driver = self.computes["alpha"].manager.driver
+        driver.manage_image_cache(context.get_admin_context(), [])
         assert self.disks(self.alpha), "the only proven copy beside the target's"
         self.admin_api.delete_server(server["id"])
         self.wait_until_gone(server)
-        self.flags(host="alpha")
-        manager = self.computes["alpha"].manager
-        manager._cleanup_incomplete_migrations(context.get_admin_context())
+        driver.manage_image_cache(context.get_admin_context(), [])
         for site in (self.alpha, self.beta):
             assert site.state_of(server["id"]) is None
             assert not self.disks(site)
-        assert manager.driver.core.open_operations() == []
+        assert driver.core.open_operations() == []
 
     # Private
 
