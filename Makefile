@@ -14,10 +14,12 @@ SANDBOX := $(ROOT) $(PYTHON) -m sandbox
 # machine: `make test` takes a share of its tests, test-full all.
 BACKENDS := dir,shared_dir,rbd,lvm
 TESTARGS ?=
+# Of the tests with Nova, which have options of their own: --full.
+NOVATESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer cache snapshot migrate image clone
 
-.PHONY: help setup image machine-image stock-image demo test test-unit test-functional test-full lint format \
+.PHONY: help setup image machine-image stock-image demo test test-unit test-functional test-nova test-full lint format \
 	bench sandbox sandbox-down clean
 
 help: ## Show the targets
@@ -38,7 +40,7 @@ stock-image: setup
 demo: image ## Move a running guest between two hosts, and watch it go on
 	@timeout -k 10 300 $(SANDBOX) exec --own demo -- $(CURDIR)/$(PYTHON) -m sandbox.demo
 
-test: test-unit test-functional ## Run the unit and the functional tests
+test: test-unit test-functional test-nova ## Run all tests but the long ones
 
 test-unit: setup ## Run the unit tests: no root, no hosts
 	@timeout -k 10 300 $(PYTEST) tests/unit -n 2 $(TESTARGS)
@@ -46,6 +48,12 @@ test-unit: setup ## Run the unit tests: no root, no hosts
 test-functional: image $(if $(findstring lvm,$(BACKENDS)),machine-image) ## Run the functional tests on hosts of their own
 	@timeout -k 60 3030 tools/functional --durations=25 \
 		--require-backends=$(BACKENDS) $(TESTARGS)
+
+test-nova: image ## Run Nova with this driver, on hosts of their own
+	@tools/setup-nova
+	@timeout -k 60 1800 $(SANDBOX) exec --own nova -- \
+		$(CURDIR)/.venv-nova/bin/python -m pytest tests/nova --durations=10 \
+		--timeout 400 -W ignore $(NOVATESTARGS)
 
 test-full: image machine-image stock-image test-unit ## Run all tests, the long ones too
 	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \
@@ -76,5 +84,5 @@ sandbox-down: setup ## Take the hosts of `make sandbox` away
 
 clean: ## Remove what was built: .venv, caches, sandboxes
 	@if [ -x $(PYTHON) ]; then $(SANDBOX) down --all; fi
-	$(ROOT) rm -rf .venv .setup.lock .cache build dist *.egg-info \
+	$(ROOT) rm -rf .venv .venv-nova .setup.lock .setup-nova.lock .cache build dist *.egg-info \
 		.mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ from virtmigrate import (
     transient,
 )
 from virtmigrate.conf import register
-from virtmigrate.face import clones, drains, images, instances, live, moves
+from virtmigrate.face import clones, console, drains, images, instances, live, moves
 from virtmigrate.livemigration import LiveMigrations
 from virtmigrate.migration import source, target
 from virtmigrate.progress import Progress
@@ -40,6 +40,7 @@ class VirtMigrateDriver(
     live.Live,
     clones.Clones,
     drains.Drains,
+    console.Consoles,
 ):
     """Runs the instances of one host and moves them to others.
 
@@ -127,6 +128,10 @@ class VirtMigrateDriver(
         """Return what this host has, in Nova's terms (MiB and GiB)."""
         return inventory.resources(self.node)
 
+    def storage(self) -> list[inventory.Storage]:
+        """Return the storage of this host, each once, and what its backends are."""
+        return inventory.storage(self.node)
+
     def get_available_nodes(self, refresh: bool = False) -> list[str]:
         return [self.node.name]
 
@@ -135,6 +140,10 @@ class VirtMigrateDriver(
     ) -> None:
         """Call back, from a thread of ours, for each change of an instance's state."""
         self._events.start(callback, float(self.node.options.event_interval))
+
+    def stop_events(self) -> None:
+        """Call nobody back any more."""
+        self._events.stop()
 
     # Private
 

@@ -33,6 +33,7 @@ def wanted(
     template = _field(image_meta, "nvram_template", None)
     drive = getattr(instance, "config_drive_path", None)
     ephemeral = int(flavor.ephemeral_gb) * GiB
+    sizes = (ephemeral,) if ephemeral else ()
     return Wanted(
         uuid=instance.uuid,
         name=instance.name,
@@ -40,10 +41,11 @@ def wanted(
         vcpus=int(flavor.vcpus),
         image=image,
         root_size=int(flavor.root_gb) * GiB,
-        ephemeral_sizes=(ephemeral,) if ephemeral else (),
+        ephemeral_sizes=tuple(_field(instance, "ephemeral_sizes", sizes)),
         config_drive=Path(drive) if drive else None,
         loader=firmware,
         nvram_template=Path(template) if template else None,
+        machine=_field(image_meta, "machine_type", None),
         interfaces=interfaces(network_info),
         demand=_demand(flavor),
         transient=_transient(flavor, image_meta),
@@ -54,11 +56,16 @@ def wanted(
 def image(conf: cfg.ConfigOpts, context: Any, image_meta: Any) -> Path | sources.Source:
     """Return where an image comes from: see VirtMigrateDriver.spawn.
 
-    `saved` names one that was made of an instance, into the cache.
+    `saved` names one that was made of an instance, into the cache. A caller that has a
+    source of its own gives it as `source`.
 
     Raises Unsupported for a file without an id that is not raw: nobody would look at
     its header.
     """
+    own = _field(image_meta, "source", None)
+    if own is not None:
+        source: sources.Source = own
+        return source
     fmt = str(_field(image_meta, "disk_format", "raw"))
     path, uuid = _field(image_meta, "path", None), _field(image_meta, "id", None)
     if saved := _field(image_meta, "saved", None):

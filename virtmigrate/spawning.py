@@ -9,6 +9,7 @@ import msgspec
 from oslo_log import log as logging
 
 from virtmigrate import (
+    console,
     domainxml,
     draining,
     errors,
@@ -50,6 +51,8 @@ class Wanted:
     loader: str | None = None
     """UEFI firmware on the host; with it, nvram_template."""
     nvram_template: Path | None = None
+    machine: str | None = None
+    """Machine type; None: the host's `machine_type`."""
     interfaces: tuple[domainxml.Interface, ...] = ()
     demand: placement.Demand = placement.ANY
     """What its disks ask of the backend that they come to."""
@@ -128,11 +131,11 @@ class Spawner:
             memory=wanted.memory,
             vcpus=wanted.vcpus,
             virt_type=options.virt_type,
-            machine=options.machine_type,
+            machine=wanted.machine or options.machine_type,
             disks=tuple(self._disk(ref) for ref in record.disks if ref.target != NVRAM),
             interfaces=wanted.interfaces,
             firmware=self._firmware(wanted, record),
-            console_log=f"{options.console_path}/virtmigrate-{wanted.uuid}.log",
+            console_log=str(console.path(options.console_path, wanted.uuid)),
             metadata={"owner": wanted.owner, "operation": record.operation},
         )
 

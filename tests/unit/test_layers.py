@@ -111,6 +111,7 @@ FLOORS = {
     "fetching": 6,
     "imagecache": 6,
     "livesnapshot": 7,
+    "console": 2,
     "spawning": 7,
     "mapping": 7,
     "clone": 7,
@@ -120,6 +121,7 @@ FLOORS = {
     "emulator": 9,
     "check": 9,
     "cli": 9,
+    "nova_plugin": 9,
 }
 """The floor of each module or package; see docs/architecture.md."""
 

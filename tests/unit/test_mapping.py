@@ -52,6 +52,23 @@ def test_wanted() -> None:
     assert [port.mac for port in found.interfaces] == [VIF["address"]]
 
 
+def test_wanted_with_sizes_and_machine_of_the_caller() -> None:
+    made = mapping.wanted(
+        instance(flavor=flavor(ephemeral_gb=3), ephemeral_sizes=(GiB, 2 * GiB)),
+        {"machine_type": "pc"},
+        None,
+        image=Path("/srv/raw"),
+        owner="nova",
+    )
+    assert made.ephemeral_sizes == (GiB, 2 * GiB)
+    assert made.machine == "pc"
+
+
+def test_source_of_the_caller_is_taken() -> None:
+    source = sources.LocalFile(Path("/srv/one"), "raw", None, 0)
+    assert mapping.image(conf.load(), None, {"source": source}) is source
+
+
 def test_wanted_of_an_object_instead_of_a_dict() -> None:
     image = types.SimpleNamespace(
         path="/i", loader="/fw/code.fd", nvram_template="/fw/vars.fd"

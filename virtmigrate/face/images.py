@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from virtmigrate import livesnapshot, mapping
+from virtmigrate import livesnapshot, mapping, sources
 from virtmigrate.face import base
 from virtmigrate.livesnapshot import Kind, Saved, Stage, Target, Wanted
 from virtmigrate.units import MiB
@@ -61,13 +61,17 @@ class Images(base.Base):
         """Thaw it; QuiesceFailed when it was not frozen until now."""
         self._quiescing.thaw(instance.uuid)
 
-    def cache_image(self, context: object, image_id: str, **_: object) -> bool:
+    def cache_image(
+        self, context: object, image_id: str | sources.Source, **_: object
+    ) -> bool:
         """Fetch an image of the service before somebody needs it.
 
-        Into all backends of this host; one after the other. False when all had it.
+        Into all backends of this host; one after the other. False when all had it. A
+        caller that has a source of its own gives that.
         """
-        image = mapping.named_image(self._conf, image_id)
-        return self.images.seed(image, self._progress)
+        if isinstance(image_id, str):
+            image_id = mapping.named_image(self._conf, image_id)
+        return self.images.seed(image_id, self._progress)
 
     def manage_image_cache(
         self, context: object, all_instances: object = None, **_: object

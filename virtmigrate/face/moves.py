@@ -105,3 +105,7 @@ class Moves(base.Base):
     def open_operations(self) -> list[tuple[str, str, str, str]]:
         """Return (operation, instance, peer, newest step) of moves not over."""
         return self._source.open_operations()
+
+    def has_open_move(self, uuid: str) -> bool:
+        """Tell whether a move of the instance away from this host is not over."""
+        return any(instance == uuid for _, instance, _, _ in self.open_operations())
