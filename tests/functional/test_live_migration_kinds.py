@@ -31,6 +31,8 @@ def kinds(
     tmp_path: Path,
     cluster: Callable[[], Ceph],
 ) -> Iterator[sides.Kinds]:
+    if len(set(request.param)) > 1 and not request.config.getoption("--full"):
+        pytest.skip("with --full")
     with sides.between(request.param, pair, tmp_path, cluster) as made:
         for side in (made.a, made.b):
             side.configure(accept_moves=True)

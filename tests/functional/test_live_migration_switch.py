@@ -163,7 +163,11 @@ def test_command(hosts: World, tmp_path: Path) -> None:
     hosts.expect_one(instance, hosts.b)
 
 
-def test_command_is_cancelled(hosts: World, tmp_path: Path) -> None:
+def test_command_is_cancelled(
+    hosts: World, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("with --full")
     instance = livehosts.beating(hosts)
     command = test_cli.Command(hosts, tmp_path / "etc")
     words = ("instance", "migrate", instance.name, "beta", "--live", "--bandwidth", "2")
