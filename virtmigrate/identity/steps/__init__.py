@@ -7,7 +7,14 @@ Each is an object of `base.Step`, or a class without arguments that makes one.
 import importlib.metadata
 
 from virtmigrate import errors
-from virtmigrate.identity.steps import entropy, names
+from virtmigrate.identity.steps import (
+    clock,
+    entropy,
+    keys,
+    names,
+    network,
+    services,
+)
 from virtmigrate.identity.steps.base import Step as Step
 
 ENTRY_POINT = "virtmigrate.identity"
@@ -15,10 +22,19 @@ ENTRY_POINT = "virtmigrate.identity"
 OURS: tuple[Step, ...] = (
     # All that is random comes after it.
     entropy.Rng(),
+    clock.Clock(),
     names.Hostname(),
     # DHCP clients derive theirs from it.
     names.MachineId(),
     names.BootId(),
+    keys.RandomSeed(),
+    keys.Ssh(),
+    services.Initiator(),
+    services.CloudInit(),
+    # What asks for an address does so under the new one.
+    network.Mac(),
+    network.Dhcp(),
+    network.Address(),
 )
 
 
