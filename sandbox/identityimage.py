@@ -47,7 +47,7 @@ FILES = {
     "var/lib/cloud/data/previous-instance-id": "NO_PREVIOUS_INSTANCE_ID\n",
     f"var/lib/cloud/instances/{CLOUD_ID}/sem/config_ssh": "done\n",
     f"var/lib/cloud/instances/{CLOUD_ID}/obj.pkl": "cached\n",
-    "usr/share/udhcpc/default.script": LEASE_SCRIPT,
+    "etc/udhcpc/default.script": LEASE_SCRIPT,
 }
 
 
@@ -119,7 +119,7 @@ def fill(tree: Path, root: Path) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (root / "usr/share/udhcpc/default.script").chmod(0o755)
+    (root / "etc/udhcpc/default.script").chmod(0o755)
     link = root / "var/lib/cloud/instance"
     link.symlink_to(f"/var/lib/cloud/instances/{CLOUD_ID}")
 

@@ -12,12 +12,13 @@ A clone of which this raised, or whose report is not ok, stays off the network.
 
 from collections.abc import Collection, Sequence
 
-from virtmigrate.identity import asking, changing, steps
+from virtmigrate.identity import asking, changing, hooks, steps
 from virtmigrate.identity.agentguest import AgentGuest as AgentGuest
 from virtmigrate.identity.asking import PROVEN as PROVEN
 from virtmigrate.identity.guest import Guest as Guest
 from virtmigrate.identity.guest import Result as Result
 from virtmigrate.identity.guest import System as System
+from virtmigrate.identity.hooks import Moment as Moment
 from virtmigrate.identity.model import Identities as Identities
 from virtmigrate.identity.model import Interface as Interface
 from virtmigrate.identity.model import Limits as Limits
@@ -79,6 +80,14 @@ def change(
     """
     work = changing.Work(guest, wanted, limits, risk)
     return work.run(steps.every(), source, siblings)
+
+
+def tell(guest: Guest, moment: Moment, *, limits: Limits) -> tuple[str, ...]:
+    """Run the guest's own hooks, and return their names; see `hooks`.
+
+    change() does that for Moment.CLONE. Raises HookFailed, GuestFailed.
+    """
+    return hooks.run(guest, moment, limits)
 
 
 def identities(report: Report) -> Identities:

@@ -2,6 +2,7 @@
 """Making a guest somebody else: the steps, in order, judged at the end.
 
 1. Each step changes its kind of identity. The first one reseeds the random generator.
+   Then the guest's own hooks run.
 2. What was written is on the guest's disks (`sync`), or a reset would bring it back.
 3. All is read once more: what runs in the guest may have undone an earlier step.
 4. It is compared with the source and all siblings.
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from oslo_log import log as logging
 
 from virtmigrate import errors
-from virtmigrate.identity import comparing, model, notunique, steps
+from virtmigrate.identity import comparing, hooks, model, notunique, steps
 from virtmigrate.identity.guest import Guest, Timed
 from virtmigrate.identity.steps import base
 
@@ -61,7 +62,8 @@ class Work:
         """
         for step in every:
             self.done.append(self._change(step))
-        self._sync()
+        self.done.append(self._change(_Hooks(self.limits)))
+        self._change(_Sync())
         after = self._read_back()
         self._judge(after, [source, *siblings])
         report = self._report(source, after, len(siblings))
@@ -100,17 +102,12 @@ class Work:
             yield
         except errors.IdentityFailed:
             raise
-        except errors.GuestFailed as e:
+        except (errors.GuestFailed, errors.HookFailed) as e:
             self._demand_risked(done.step.name, e)
             done.problem = done.problem or str(e)
         except Exception as e:
             # The host, the domain, or a fault in a step: no risk that one can take.
             raise self._failed(done.step.name, e) from e
-
-    def _sync(self) -> None:
-        done = _Done(_Sync())
-        with self._failing(done):
-            done.step.change(self._timed(done.step.name), self.wanted)
 
     def _read_back(self) -> model.Identities:
         found: dict[str, str] = {}
@@ -184,8 +181,10 @@ class Work:
         proof = done.problem
         if done.problem:
             state = model.State.FAILED
+        elif isinstance(done.step, _Hooks) and done.step.ran:
+            proof = "each ended with 0"
         elif not before and not mine:
-            state, proof = model.State.ABSENT, "the guest has none, before and after"
+            state, proof = model.State.ABSENT, "nothing to read, before and after"
         else:
             proof = done.step.proof(mine, self.wanted)
         return model.Step(
@@ -198,6 +197,25 @@ class _Sync(base.Scripts):
 
     name = "sync"
     CHANGE = "sync"
+
+
+class _Hooks(base.Scripts):
+    """The guest's own hooks, as a step that has no identities to be read."""
+
+    name = "hooks"
+
+    def __init__(self, limits: model.Limits) -> None:
+        self._limits = limits
+        self.ran: tuple[str, ...] = ()
+
+    def read(self, asked: Timed) -> dict[str, str]:
+        """Return nothing: what they changed belongs to other steps."""
+        return {}
+
+    def change(self, asked: Timed, wanted: model.Wanted) -> str:
+        """Run them, each under a limit of its own."""
+        self.ran = hooks.run(asked.guest, hooks.Moment.CLONE, self._limits)
+        return f"ran {', '.join(self.ran) or 'none'}"
 
 
 def _doubt(
