@@ -21,7 +21,9 @@ CACHE = Path(__file__).parent.parent / ".cache/stock"
 SIZE = 2 * 1024**3  # sparse
 RELEASE = "bookworm"
 PACKAGES = (
-    "systemd-sysv udev dbus iproute2 kmod openssh-server qemu-guest-agent open-iscsi"
+    "systemd-sysv udev dbus iproute2 kmod openssh-server qemu-guest-agent "
+    # The other way to reseed, beside perl.
+    "python3-minimal"
 )
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "evdev")
 COMMAND_LINE = f"{imagebuild.COMMAND_LINE} root=/dev/vda rw systemd.show_status=0"
@@ -37,12 +39,13 @@ FILES = {
     "etc/systemd/network/10-all.network": NETWORK,
     "etc/modules-load.d/guest.conf": "virtio_net\nvirtio_console\n",
     "var/lib/cloud/data/instance-id": f"{CLOUD_ID}\n",
+    "etc/iscsi/initiatorname.iscsi": "InitiatorName=iqn.1993-08.org.debian:01:0\n",
     f"var/lib/cloud/instances/{CLOUD_ID}/obj.pkl": "cached\n",
 }
 MASKED = (
     "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer "
     "e2scrub_reap.service fstrim.timer getty@tty1.service "
-    "systemd-networkd-wait-online.service iscsid.service open-iscsi.service"
+    "systemd-networkd-wait-online.service"
 )
 BOOT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -129,8 +132,7 @@ def install(root: Path) -> None:
         process.run(command, timeout=NETWORK_TIMEOUT)
     except errors.SandboxError as error:
         raise errors.SandboxError(
-            "no stock Debian (`python -m sandbox.stockimage`, outside of a sandbox, "
-            f"builds it): {error}"
+            f"no stock Debian (`make stock-image` builds it): {error}"
         ) from error
 
 
@@ -158,7 +160,3 @@ def make_initrd(tree: Path, directory: Path) -> Path:
     initrd = directory / "initrd"
     imagebuild.pack(root, initrd)
     return initrd
-
-
-if __name__ == "__main__":
-    print(build().disk)

@@ -7,7 +7,7 @@ That they are one and the same before is shown, too: else nothing would be prove
 from __future__ import annotations
 
 import contextlib
-import subprocess
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +16,14 @@ import pytest
 
 from sandbox import Host as SandboxHost
 from sandbox import identityimage, imagebuild
-from sandbox.guest import CACHE
-from tests.functional.twins import Twin, Twins, wait_for
+from tests.functional.twins import (
+    Twin,
+    Twins,
+    dhcp,
+    expect_no_value_twice,
+    expect_served,
+    wait_for,
+)
 from virtmigrate import errors, identity
 from virtmigrate.identity import changing, steps
 from virtmigrate.identity.guest import Timed
@@ -42,22 +48,8 @@ def server(
     pair: tuple[SandboxHost, SandboxHost], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """A DHCP server on the bridge."""
-    host, tmp = pair[0], tmp_path_factory.mktemp("dhcp")
-    (package,) = (CACHE / "packages").glob("busybox-static_*")
-    subprocess.run(["dpkg-deb", "-x", package, tmp], check=True, timeout=60)
-    network = host.address.rpartition(".")[0]
-    conf, pid = host.storage / "udhcpd.conf", host.storage / "udhcpd.pid"
-    conf.write_text(
-        f"start {network}.200\nend {network}.230\ninterface br0\n"
-        f"pidfile {pid}\nlease_file {host.storage}/udhcpd.leases\n"
-        "option subnet 255.255.255.0\noption lease 600\n"
-    )
-    host.run([str(tmp / "bin/busybox"), "udhcpd", "-S", str(conf)])
-    wait_for(pid.exists)
-    yield
-    host.run(["kill", pid.read_text().strip()])
-    for path in host.storage.glob("udhcpd.*"):
-        path.unlink()
+    with dhcp(pair[0], tmp_path_factory.mktemp("dhcp")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +154,8 @@ def test_two_clones_are_two(
     expect_no_value_twice([before, *map(identity.identities, reports)])
     for twin, report in zip(clones, reports, strict=True):
         twins.link(twin, up=True)
-        expect_served(pair[0], twin, report)
+        wait_for(functools.partial(twin.said, "LEASE"))
+        expect_served(pair[0], twin.said("LEASE")[-1], report, "ed25519")
     addresses = {twin.said("LEASE")[-1] for twin in clones}
     assert len(addresses) == 2
     assert not addresses & before.group("address")
@@ -189,28 +182,6 @@ def expect_somebody_else(
     assert twin.mac in twin.sh("ip link")
     assert twin.sh("cat /sys/class/net/eth0/carrier") == "0"
     assert not twin.sh("ip -o addr show dev eth0 scope global")
-
-
-def expect_no_value_twice(all_of: list[identity.Identities]) -> None:
-    for number, one in enumerate(all_of):
-        for other in all_of[number + 1 :]:
-            same = set(one.values.items()) & set(other.values.items())
-            assert {name for name, _ in same} <= {"clock"}
-
-
-def expect_served(host: SandboxHost, twin: Twin, report: identity.Report) -> None:
-    """It has a lease, and its daemon shows the keys that the report tells of."""
-    wait_for(lambda: twin.said("LEASE"))
-    address = twin.said("LEASE")[-1]
-    scan = ["ssh-keyscan", "-T", "30", "-t", "ed25519", address]
-    known = host.run(scan, timeout=60).stdout
-    shown = host.run(["ssh-keygen", "-l", "-f", "-"], stdin=known).stdout
-    (mine,) = (
-        value.split()[1]
-        for name, value in identity.identities(report).values.items()
-        if "ed25519" in name
-    )
-    assert mine in shown
 
 
 def test_a_report_can_be_kept(

@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
+import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import libvirt
 
@@ -24,6 +26,54 @@ from virtmigrate.host import Host
 
 HEADER = struct.Struct("<16s5I14I")
 PATIENCE = 90.0  # seconds that a guest may take under emulation, beside others
+
+
+@contextlib.contextmanager
+def dhcp(host: SandboxHost, directory: Path) -> Iterator[None]:
+    """Have a DHCP server on a host's bridge.
+
+    Arguments:
+        directory: an empty one, for its program.
+    """
+    (package,) = (guest.CACHE / "packages").glob("busybox-static_*")
+    subprocess.run(["dpkg-deb", "-x", package, directory], check=True, timeout=60)
+    network = host.address.rpartition(".")[0]
+    conf, pid = host.storage / "udhcpd.conf", host.storage / "udhcpd.pid"
+    conf.write_text(
+        f"start {network}.200\nend {network}.230\ninterface br0\n"
+        f"pidfile {pid}\nlease_file {host.storage}/udhcpd.leases\n"
+        "option subnet 255.255.255.0\noption lease 600\n"
+    )
+    host.run([str(directory / "bin/busybox"), "udhcpd", "-S", str(conf)])
+    wait_for(pid.exists)
+    try:
+        yield
+    finally:
+        host.run(["kill", pid.read_text().strip()])
+        for path in host.storage.glob("udhcpd.*"):
+            path.unlink(missing_ok=True)
+
+
+def expect_served(
+    host: SandboxHost, address: str, report: identity.Report, kind: str
+) -> None:
+    """Who answers there shows the host key that a report tells of."""
+    scan = ["ssh-keyscan", "-T", "30", "-t", kind, address]
+    known = host.run(scan, timeout=60).stdout
+    shown = host.run(["ssh-keygen", "-l", "-f", "-"], stdin=known).stdout
+    (mine,) = (
+        value.split()[1]
+        for name, value in identity.identities(report).values.items()
+        if f"_{kind}_" in name
+    )
+    assert mine in shown
+
+
+def expect_no_value_twice(all_of: list[identity.Identities]) -> None:
+    for number, one in enumerate(all_of):
+        for other in all_of[number + 1 :]:
+            same = set(one.values.items()) & set(other.values.items())
+            assert {name for name, _ in same} <= {"clock"}
 
 
 def wait_for(call: Callable[[], object], seconds: float = PATIENCE) -> None:
@@ -65,9 +115,15 @@ class Twins:
     """A guest, and what is restored of its memory."""
 
     def __init__(
-        self, host: SandboxHost, image: guest.GuestImage, *, network: bool = True
+        self,
+        host: SandboxHost,
+        image: guest.GuestImage,
+        *,
+        network: bool = True,
+        boot: str = "",
     ) -> None:
         self.place = host
+        self.boot = boot  # what QEMU loads instead of the disk's boot record
         self.network = network
         self.host = Host(host.local_uri, name=host.name)
         self.conn = libvirt.open(host.local_uri)
@@ -89,10 +145,10 @@ class Twins:
     def domain(self, twin: Twin) -> libvirt.virDomain:
         return self.conn.lookupByUUIDString(twin.uuid)
 
-    def start(self, memory: int = 128) -> Twin:
+    def start(self, memory: int = 128, seconds: float = PATIENCE) -> Twin:
         """Start the source, and wait for its agent."""
         self.conn.createXML(self._xml(self.source, memory))
-        self.wait_for_agent(self.source)
+        self.wait_for_agent(self.source, seconds)
         return self.source
 
     def wait_for_agent(self, twin: Twin, seconds: float = PATIENCE) -> None:
@@ -163,7 +219,7 @@ class Twins:
         return f"""<domain type='qemu'>
           <name>{twin.name}</name><uuid>{twin.uuid}</uuid>
           <memory unit='MiB'>{memory}</memory>
-          <os><type arch='x86_64' machine='q35'>hvm</type></os>
+          <os><type arch='x86_64' machine='q35'>hvm</type>{self.boot}</os>
           <features><acpi/></features>
           <devices>
             <disk type='file' device='disk'>
