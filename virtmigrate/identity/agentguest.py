@@ -31,7 +31,16 @@ _SLACK = 45.0
 """Seconds more than the agent has: libvirt first waits for what others ask of it."""
 _SHORTEST, _LONGEST = 0.03, 0.5  # seconds between two looks whether a command ended
 _Form = TypeVar("_Form")
-_KILL = 5  # seconds for the agent to kill what took too long
+_KILL_TIME = 5  # seconds for the agent to start what kills
+_KILL_TREE = """
+end() {
+    kill -STOP "$1" || return
+    for child in $(cat /proc/"$1"/task/*/children); do end "$child"; done
+    kill -KILL "$1"
+}
+end "$1" 2>/dev/null
+"""
+"""A shell that is killed leaves its children: what it waited for would go on."""
 
 
 class AgentGuest(guest.Files):
@@ -97,10 +106,11 @@ class AgentGuest(guest.Files):
         return guest.Result(code, out, err)
 
     def _kill(self, pid: int) -> None:
-        """Kill a command, as well as that can be done."""
-        arguments = {"path": "/bin/kill", "arg": ["-KILL", str(pid)]}
+        """Kill a command and all that it started, as well as that can be done."""
+        argv = ["-c", _KILL_TREE, "kill", str(pid)]
+        arguments = {"path": "/bin/sh", "arg": argv}
         try:
-            self._ask("guest-exec", arguments, _Started, _KILL)
+            self._ask("guest-exec", arguments, _Started, _KILL_TIME)
         except errors.GuestFailed as e:
             LOG.warning("instance=%s a command was not killed: %s", self.instance, e)
 
@@ -110,7 +120,9 @@ class AgentGuest(guest.Files):
         asked = msgspec.json.encode({"execute": command, "arguments": arguments})
         text = self._answer(command, asked.decode(), max(1, math.ceil(timeout)))
         if len(text) > _ANSWER:
-            raise self._failed(command, f"an answer of {len(text)} characters")
+            raise self._failed(
+                command, f"an answer of {len(text)} characters is too long"
+            )
         try:
             answer = msgspec.json.decode(text, type=_Answer)
             return msgspec.json.decode(answer.value, type=form)

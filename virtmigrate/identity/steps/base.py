@@ -23,10 +23,12 @@ put() {
     ( umask 077; cat >"$1.virtmigrate" ) && chmod "$2" "$1.virtmigrate" &&
         mv -f "$1.virtmigrate" "$1"
 }
+! has flock || { exec 9>/run/virtmigrate.lock; flock 9; }
 is_systemd() { [ -d /run/systemd/system ] && has systemctl; }
 """
 """What scripts begin with. put FILE MODE replaces a file by what it reads, whole or not
-at all. What is said is a name and a value."""
+at all. What is said is a name and a value. A script waits for an earlier one whose
+caller was killed: the lock is held until the last program that it started has ended."""
 
 MEMBERS = 256
 """Identities of one kind that a guest may have."""

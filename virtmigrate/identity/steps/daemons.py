@@ -20,7 +20,7 @@ again() {
     done
     for f in /run/virtmigrate-again."$1".*; do
         [ -s "$f" ] || continue
-        setsid xargs -0 sh -c 'exec "$@" </dev/null' sh <"$f" >/dev/null 2>&1 &
+        setsid xargs -0 sh -c 'exec "$@" </dev/null' sh <"$f" >/dev/null 2>&1 9>&- &
         tries=0
         until pidof "$1" >/dev/null || [ $tries -ge 100 ]; do
             tries=$((tries + 1))
