@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import libvirt
+import msgspec
 import pytest
 
 from sandbox import Host as SandboxHost
 from sandbox import identityimage, imagebuild
+from tests.functional import killed_identity
 from tests.functional.twins import (
     Twin,
     Twins,
@@ -30,6 +36,9 @@ from virtmigrate.identity import changing, steps
 from virtmigrate.identity.guest import Timed
 
 LIMITS = identity.Limits(step=90.0, whole=600.0, hook=60.0)
+SEED = 20
+POINTS = 3
+"""Chooses the points that a change is killed at; --full takes all of them."""
 HEX = "hexdump -v -e '/1 \"%02x\"'"
 DRAW = f"dd if=/dev/urandom bs=32 count=1 2>/dev/null | {HEX}"
 """One program that draws: the first bytes after whatever was before."""
@@ -246,6 +255,41 @@ def answers(twin: Twin) -> bool:
         return twin.agent().system(timeout=1).id == "debian"
     except errors.GuestFailed:
         return False
+
+
+def test_a_killed_change_is_done_again(
+    source: tuple[Twins, identity.Identities], request: pytest.FixtureRequest
+) -> None:
+    twins, before = source
+    points = list(range(1, killed(twins, before, 0) + 1))
+    if not request.config.getoption("--full"):
+        points = random.Random(SEED).sample(points, POINTS)
+    for point in points:
+        killed(twins, before, point)
+
+
+def killed(twins: Twins, before: identity.Identities, point: int) -> int:
+    """Kill a change at a point, do it again; return how many points there were."""
+    clone = twins.restore()
+    want = wanted(twins.source, clone)
+    job = msgspec.json.encode(killed_identity.Job(want, before, LIMITS))
+    done = in_a_process(twins, job, point)
+    if point:
+        assert done.returncode == -signal.SIGKILL, done
+        report = identity.change(clone.agent(), want, before, [], limits=LIMITS)
+        assert report.ok
+    expect_somebody_else(clone, before, want)
+    assert clone.sh("pidof dropbear udhcpc | wc -w") == "2"
+    twins.domain(clone).destroy()
+    return int(done.stdout or 0)
+
+
+def in_a_process(
+    twins: Twins, job: bytes, point: int
+) -> subprocess.CompletedProcess[bytes]:
+    name = "tests.functional.killed_identity"
+    argv = [sys.executable, "-m", name, twins.host.uri, str(point)]
+    return subprocess.run(argv, input=job, capture_output=True, timeout=300)
 
 
 def test_hooks_run_and_are_killed(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from virtmigrate import errors, identity
@@ -28,6 +28,7 @@ from virtmigrate.identity.steps import base, entropy, keys, names, reseed, servi
 UUID = "27348e55-f0f9-436b-82f1-9bbd283272a2"
 WANTED = identity.Wanted(name="other", uuid=UUID)
 LIMITS = identity.Limits()
+LEAST = identity.Identities({})
 
 
 class FakeGuest:
@@ -116,6 +117,19 @@ def test_no_hostname(name: str) -> None:
         identity.Wanted(name=name, uuid=UUID)
 
 
+@settings(deadline=None)
+@given(st.text())
+def test_any_name_becomes_a_hostname(name: str) -> None:
+    made = identity.hostname(name, UUID)
+    assert identity.Wanted(name=made, uuid=UUID).name == made
+
+
+def test_hostnames_are_like_their_names() -> None:
+    assert identity.hostname("web-2", UUID) == "web-2"
+    assert identity.hostname("My Server_1.example", UUID) == "my-server-1-example"
+    assert identity.hostname("äöü", UUID) == "host-27348e55"
+
+
 def test_no_uuid_and_no_mac() -> None:
     for text in ("x", UUID.upper(), UUID.replace("-", "")):
         with pytest.raises(ValueError):
@@ -141,6 +155,7 @@ def test_a_report_is_json() -> None:
 # Comparing
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["a", "a:1", "a:2", "b"]), st.sampled_from("xyz")),
     st.dictionaries(st.sampled_from(["a", "a:1", "a:2", "b"]), st.sampled_from("xyz")),
@@ -212,6 +227,21 @@ def test_a_step_that_is_risked(fails: str) -> None:
 def test_a_risk_that_was_taken_keeps_it_off_the_network() -> None:
     report = work([FakeStep("a", [])], risk=frozenset({"system"}))
     assert not report.ok and report.unproven == ("system",)
+
+
+def test_without_an_agent_nothing_is_changed_by_risk() -> None:
+    class Silent(FakeGuest):
+        def system(self, *, timeout: float) -> System:
+            raise Timed(self, timeout).failed("asking it", "silent")
+
+    found = Silent()
+    risk = frozenset({"agent"})
+    report = identity.change(found, WANTED, LEAST, [], limits=LIMITS, risk=risk)
+    assert not report.ok and report.steps == () and found.ran == []
+    assert report.unproven[0] == "agent" and "rng" in report.unproven
+    assert "rng" in report.not_unique
+    with pytest.raises(errors.IdentityFailed, match="step rng"):
+        identity.change(FakeGuest(), WANTED, LEAST, [], limits=LIMITS)
 
 
 def test_a_fault_in_a_step_cannot_be_risked() -> None:

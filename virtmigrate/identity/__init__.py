@@ -27,6 +27,7 @@ from virtmigrate.identity.model import State as State
 from virtmigrate.identity.model import Step as Step
 from virtmigrate.identity.model import Wanted as Wanted
 from virtmigrate.identity.model import decode as decode
+from virtmigrate.identity.model import hostname as hostname
 
 
 def obstacles(
@@ -73,13 +74,16 @@ def change(
         source: what was read of it before its memory was saved.
         siblings: the same of all other clones of that state, from their reports or
             read anew.
-        risk: names of steps that may fail. The report is then not ok.
+        risk: names of steps that may fail; "agent": that nobody in the guest answers,
+            and so nothing is changed. The report is then not ok.
 
     Raises IdentityFailed: the clone has some identities of its own and some of its
     source, and has to stay off the network. It can be changed again.
     """
-    work = changing.Work(guest, wanted, limits, risk)
-    return work.run(steps.every(), source, siblings)
+    every = steps.every()
+    if asking.AGENT in risk and not asking.answers(guest, limits.step):
+        return changing.nothing(every, risk)
+    return changing.Work(guest, wanted, limits, risk).run(every, source, siblings)
 
 
 def tell(guest: Guest, moment: Moment, *, limits: Limits) -> tuple[str, ...]:

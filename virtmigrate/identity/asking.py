@@ -40,6 +40,15 @@ def obstacles(
     return found
 
 
+def answers(guest: Guest, timeout: float) -> bool:
+    """Tell whether somebody in the guest can be asked."""
+    try:
+        guest.system(timeout=timeout)
+    except errors.GuestFailed:
+        return False
+    return True
+
+
 def read(guest: Guest, every: Sequence[steps.Step], timeout: float) -> model.Identities:
     """Return all identities of a guest."""
     asked = Timed(guest, timeout)

@@ -36,6 +36,18 @@ class _Done:
     problem: str = ""  # why it is not proven; its risk was taken
 
 
+def nothing(every: Sequence[steps.Step], risk: Collection[str]) -> model.Report:
+    """Return the report of a guest that nobody could change."""
+    names = tuple(step.name for step in every)
+    return model.Report(
+        steps=(),
+        not_unique=(*names, *notunique.KEPT),
+        unproven=(*sorted(set(risk) - set(names)), *names),
+        ok=False,
+        began=time.time(),
+    )
+
+
 @dataclass
 class Work:
     """One guest that is made somebody else. Belongs to one thread."""

@@ -37,6 +37,16 @@ class Wanted(msgspec.Struct, frozen=True):
             raise ValueError(f"{self.uuid!r} is no UUID in its usual form")
 
 
+def hostname(name: str, uuid: str) -> str:
+    """Return a hostname for an instance, as like its name as can be.
+
+    Of a name without a letter or digit of ASCII nothing is left: then it is made of
+    the UUID.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:63].strip("-")
+    return plain or f"host-{uuid[:8]}"
+
+
 class Identities(msgspec.Struct, frozen=True):
     """What a guest believes to be.
 
