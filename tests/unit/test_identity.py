@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from virtmigrate import errors, identity
@@ -117,7 +117,6 @@ def test_no_hostname(name: str) -> None:
         identity.Wanted(name=name, uuid=UUID)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_name_becomes_a_hostname(name: str) -> None:
     made = identity.hostname(name, UUID)
@@ -155,7 +154,6 @@ def test_a_report_is_json() -> None:
 # Comparing
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["a", "a:1", "a:2", "b"]), st.sampled_from("xyz")),
     st.dictionaries(st.sampled_from(["a", "a:1", "a:2", "b"]), st.sampled_from("xyz")),
