@@ -86,7 +86,7 @@ def made(
     others = [identity.identities(report) for _, report in siblings]
     report = identity.change(twin.agent(), want, before, others, limits=LIMITS)
     assert report.ok
-    assert "by perl" in report.steps[0].how
+    assert report.steps[0].how.endswith("by /usr/bin/perl")
     for step in report.steps:
         print(f"{step.name} {step.seconds:.1f} s {step.how}")
     assert twins.source.mac not in twin.sh("cat /etc/udev/rules.d/70-net.rules; ip l")
@@ -94,7 +94,7 @@ def made(
     # Without perl there is python.
     twin.sh("mv /usr/bin/perl /usr/bin/perl-away")
     how = steps.OURS[0].change(Timed(twin.agent(), 120), want)
-    assert how.endswith("by python3")
+    assert how.endswith("by /usr/bin/python3")
     twin.sh("mv /usr/bin/perl-away /usr/bin/perl")
     return twin, report
 

@@ -453,6 +453,16 @@ def test_the_program_tells_of_errors(tmp_path: Path) -> None:
         assert done.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("way", "option"),
+    [("/usr/bin/perl", "-e"), ("/usr/libexec/platform-python", "-c")],
+)
+def test_the_guests_own_interpreter_comes_first(way: str, option: str) -> None:
+    found = FakeGuest(lambda argv: Result(0, f"{way}\n".encode(), b""))
+    assert entropy.Rng().change(Timed(found, 5), WANTED).endswith(f"by {way}")
+    assert list(found.ran[1][:2]) == [way, option] and len(found.ran) == 2
+
+
 def test_a_place_where_nothing_runs_is_passed_over() -> None:
     def answer(argv: Sequence[str]) -> Result:
         script = script_of(argv)
@@ -463,7 +473,7 @@ def test_a_place_where_nothing_runs_is_passed_over() -> None:
         return Result(0, b"", b"")
 
     how = entropy.Rng().change(Timed(FakeGuest(answer), 5), WANTED)
-    assert how.endswith("by our own program in /dev/shm")
+    assert how.endswith("by our own program in /root")
 
 
 # Scripts in a directory

@@ -31,13 +31,12 @@ with open("/dev/urandom", "rb", 0) as f:
     fcntl.ioctl(f, 0x40085203, sys.stdin.buffer.read())
     fcntl.ioctl(f, 0x5207)
 """
-_PYTHONS = ("python3", "/usr/libexec/platform-python")
-_PLACES = ("/run", "/dev/shm", "/tmp", "/var/tmp", "/root")
-"""Where a program can be put; some of them let none run."""
+_PLACES = ("/run", "/root", "/var/lib")
+"""Where only root can put a program; some of them let none run."""
 
 _WAYS = """
-if has perl; then echo perl
-elif has python3; then echo python3
+if has perl; then command -v perl
+elif has python3; then command -v python3
 elif [ -x /usr/libexec/platform-python ]; then echo /usr/libexec/platform-python
 elif [ "$(uname -m)" = x86_64 ]; then echo program
 else echo none; fi
@@ -72,9 +71,9 @@ class Rng:
     def change(self, asked: guest.Timed, wanted: model.Wanted) -> str:
         """Credit and key by the first way that there is."""
         way = base.sh(asked, self.name, _WAYS).decode(errors="replace").strip()
-        if way == "perl":
-            _demand(asked, asked.run(["perl", "-e", _PERL], entropy()))
-        elif way in _PYTHONS:
+        if way.endswith("/perl"):
+            _demand(asked, asked.run([way, "-e", _PERL], entropy()))
+        elif way.startswith("/"):
             _demand(asked, asked.run([way, "-c", _PYTHON], entropy()))
         elif way == "program":
             way = self._by_program(asked)
