@@ -5,6 +5,7 @@ Runs in the environment that tools/setup-nova makes; in another one nothing here
 collected.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -66,7 +67,9 @@ else:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the long ones, too")
+    # Beside tests/functional, that one has it already.
+    with contextlib.suppress(ValueError):
+        parser.addoption("--full", action="store_true", help="run the long ones, too")
 
 
 def pytest_collection_modifyitems(

@@ -55,6 +55,13 @@ class TestLife(cloud.Cloud):
         # Told by an event: nobody asked Nova.
         self.wait(server, "SHUTOFF")
 
+    def test_config_drive(self) -> None:
+        """An ISO of Nova's own builder, that says who the server is."""
+        server = self.boot(config_drive=True)
+        written = self.alpha.disk(server["id"], "sda").read_bytes()
+        assert b"config-2" in written[32768:34816]
+        assert server["id"].encode() in written
+
     def test_rebuilt(self) -> None:
         """By Nova's own way: destroyed, and made again with the same id."""
         server = self.boot()
