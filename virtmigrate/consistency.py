@@ -23,6 +23,7 @@ from virtmigrate import (
     node,
     record,
     snapshottree,
+    transient,
 )
 from virtmigrate.backends import base
 from virtmigrate.model import InstanceState, TransferState, VolumeState
@@ -210,6 +211,8 @@ class _Look:
             if self._backend.volumes.find(below) is None:
                 detail = f"it stands on {below}, which has no record"
                 yield self._found(volume.name, Kind.MISSING, detail)
+        for detail in transient.amiss(self._here, volume):
+            yield self._found(volume.name, Kind.MISSING, detail)
 
     def _is_ours(self, volume: model.Volume) -> bool:
         """Tell whether a volume is this host's: others may have the same storage."""

@@ -21,6 +21,7 @@ from virtmigrate import (
     receiver,
     snapshot,
     takeover,
+    transient,
 )
 from virtmigrate.conf import register
 from virtmigrate.face import images, instances, moves
@@ -88,7 +89,9 @@ class VirtMigrateDriver(instances.Instances, images.Images, moves.Moves):
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
         left += [*self.images.tend(), *self.snapshots.finish()]
-        return [*left, *self._source.recover(), *self._target.recover()]
+        left += [*self._source.recover(), *self._target.recover()]
+        # Last: a move that is put back may need what its guest wrote.
+        return [*left, *transient.settle(self.node, self._source.demand_none)]
 
     def cleanup_host(self, host: str, **_: object) -> None:
         """Close all connections."""

@@ -100,7 +100,7 @@ class Domains:
         """Return the configuration that the next start uses, secrets included."""
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
         with self._domain(uuid, "reading its configuration") as domain:
-            return str(domain.XMLDesc(flags))
+            return domainxml.unguarded(str(domain.XMLDesc(flags)))
 
     def live_xml(self, uuid: str) -> str:
         """Return the configuration that it runs with, secrets left out."""
@@ -135,7 +135,7 @@ class Domains:
     def define(self, xml: str, *, autostart: bool = False) -> None:
         """Define the domain, or replace its configuration."""
         with self.host.session("defining a domain") as session:
-            domain = session.conn.defineXML(xml)
+            domain = session.conn.defineXML(domainxml.guarded(xml))
             if autostart:
                 domain.setAutostart(1)
 
@@ -153,6 +153,22 @@ class Domains:
         with self._domain(uuid, "starting it") as domain:
             if not domain.isActive():
                 domain.createWithFlags(flags)
+
+    def start_with(self, xml: str, *, paused: bool = False) -> None:
+        """Start it by another configuration, this once; nothing happens when it runs.
+
+        The next start is by its own one, whatever ended it.
+        """
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        with self._domain(domainxml.uuid(xml), "starting it") as domain:
+            if not domain.isActive():
+                domain.connect().createXML(xml, flags)
+
+    def disk_errors(self, uuid: str) -> dict[str, str]:
+        """Return by target which disks of a started domain had an error, and what."""
+        with self._domain(uuid, "looking for errors of its disks") as domain:
+            found = domain.diskErrors(0) if domain.isActive() else {}
+            return {disk: _DISK_ERRORS.get(e, "?") for disk, e in found.items()}
 
     def kill(self, uuid: str) -> None:
         """Turn it off at once; nothing happens when it is off or gone."""
@@ -285,6 +301,10 @@ class Domains:
                     raise
 
 
+_DISK_ERRORS = {
+    libvirt.VIR_DOMAIN_DISK_ERROR_UNSPEC: "I/O error",
+    libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE: "no space",
+}
 _COMMIT_TIMEOUT = 20.0
 """Seconds to wait for a merge, holding the instance, before looking again later."""
 _PIVOT = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT

@@ -13,6 +13,11 @@ from virtmigrate.model import Role
 from virtmigrate.spawning import Wanted
 from virtmigrate.units import GiB, MiB
 
+_TRANSIENT = "virtmigrate:transient"
+"""The extra spec that lists disks whose writes are thrown away: vdb, by commas."""
+_PROPERTY = "virtmigrate_transient"
+"""The same of an image."""
+
 
 def wanted(
     instance: Any,
@@ -40,6 +45,7 @@ def wanted(
         nvram_template=Path(template) if template else None,
         interfaces=interfaces(network_info),
         demand=_demand(flavor),
+        transient=_transient(flavor, image_meta),
         owner=owner,
     )
 
@@ -133,6 +139,14 @@ def interfaces(network_info: Any) -> tuple[domainxml.Interface, ...]:
 
 def _demand(flavor: Any) -> placement.Demand:
     return placement.demand(_field(flavor, "extra_specs", None) or {})
+
+
+def _transient(flavor: Any, image_meta: Any) -> frozenset[str]:
+    """Return the targets that a flavor or an image says are transient."""
+    specs = _field(flavor, "extra_specs", None) or {}
+    properties = _field(image_meta, "properties", None) or {}
+    listed = f"{specs.get(_TRANSIENT, '')},{_field(properties, _PROPERTY, None) or ''}"
+    return frozenset(each.strip() for each in listed.split(",") if each.strip())
 
 
 def _checksum(text: str) -> sources.Checksum:

@@ -144,6 +144,17 @@ class Slot(Struct, frozen=True):
     """Why it became nothing."""
 
 
+class Transient(Struct, frozen=True):
+    """Of a layer that goes when its guest is off: what it stands on."""
+
+    target: str
+    backend: str
+    """Of the disk's volume; the layer may lie in another one."""
+    volume: str
+    room: int
+    """Bytes that the layer takes at most."""
+
+
 class Volume(Struct, frozen=True):
     """The record of one volume."""
 
@@ -178,6 +189,8 @@ class Volume(Struct, frozen=True):
     """Of an image: the transfers that count on it."""
     image: Origin | None = None
     """Of an image that the cache fetched."""
+    transient: Transient | None = None
+    """Of a layer over a transient disk; it has no `backing`."""
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,6 +214,9 @@ class DiskRef(Struct, frozen=True):
     volume: str
     backend: str
     role: Role
+    transient: bool = False
+    """What its guest writes goes to a layer that is no part of this chain, and is
+    thrown away when the guest is off."""
 
 
 class Changing(enum.Enum):

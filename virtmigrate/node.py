@@ -25,6 +25,7 @@ from virtmigrate import (
     model,
     nbdserver,
     record,
+    scratch,
     snapshottree,
     storagepool,
     stream,
@@ -79,6 +80,12 @@ class Node:
         self.files = self._file_backend()
         self.domains = instance.Domains(self.host)
         self.tenures = tenure.Tenures(self.backends, self.name)
+        self.scratch = scratch.Scratch(
+            self.domains,
+            self.backends,
+            self.files,
+            self.options.transient_limit_mib * MiB,
+        )
         self.mailbox = mailbox.of(
             self.host,
             self.options.record_grace,
@@ -219,14 +226,21 @@ class Node:
         self.tenures.demand(found)
         return found
 
-    def start(self, uuid: str, *, paused: bool = False) -> None:
+    def start(self, uuid: str, *, paused: bool = False, keep: bool = False) -> None:
         """Start an instance; nothing happens when it runs.
 
         Raises NotEntitled, RecordMissing: it was not started. Nothing else starts one.
+
+        Arguments:
+            keep: with what its guest wrote to transient disks, if that is still there.
         """
         self.demand_whole(uuid)
-        with self.starting(uuid):
-            self.domains.start(uuid, paused=paused)
+        self.begin(uuid, paused=paused, keep=keep)
+
+    def begin(self, uuid: str, *, paused: bool = False, keep: bool = False) -> None:
+        """As start(), for who has just made its disks whole."""
+        with self.starting(uuid) as found:
+            self.scratch.start(found, paused=paused, keep=keep)
 
     def restore(self, uuid: str, path: str) -> None:
         """Start an instance from a file of its memory, paused; raises as start()."""
@@ -317,10 +331,11 @@ class Node:
     # Private
 
     @contextlib.contextmanager
-    def starting(self, uuid: str) -> Iterator[None]:
+    def starting(self, uuid: str) -> Iterator[model.Instance]:
         """Have the right to run an instance while it is started; raises as start()."""
-        with self.tenures.starting(self.entitled(uuid), self.domains):
-            yield
+        found = self.entitled(uuid)
+        with self.tenures.starting(found, self.domains):
+            yield found
 
     def _ensure(self, backend: base.Backend) -> bool:
         """Have a backend's pools; False, and a line in the log, when it is down."""

@@ -9,6 +9,8 @@ a new layer says of the one below is written for people and their tools.
 The layout is that of docs/interop/qcow2.txt in QEMU.
 """
 
+import struct
+
 from virtmigrate.units import KiB, round_up
 
 HEADER = 104
@@ -26,6 +28,13 @@ _VERSION_3 = b"\0\0\0\3"
 _LENGTH = 100
 """Where the length of the header itself stands."""
 _BACKING_FORMAT = 0xE2792ACA
+_MAPPED = CLUSTER * (CLUSTER // 8)
+"""Bytes of a disk whose places one table holds."""
+_COUNT_ORDER = 4
+"""Reference counts of two bytes."""
+_COUNTED = CLUSTER // 2
+"""Clusters whose counts one cluster holds."""
+_SPARE = 16
 _LONGEST = 1023
 """Bytes of a backing file's name."""
 
@@ -65,6 +74,43 @@ def with_backing(head: bytes, path: str, fmt: str) -> bytes:
     where = start.to_bytes(8, "big") + len(name).to_bytes(4, "big")
     written = head[:8] + where + head[20:end] + added + name
     return written.ljust(CLUSTER, b"\0")
+
+
+def blank(size: int) -> bytes:
+    """Return the first clusters of a file of this virtual size that holds nothing.
+
+    It stands on nothing by its own word, and on what the XML says.
+    """
+    entries = -(-size // _MAPPED)
+    tables = max(1, -(-8 * entries // CLUSTER))
+    fields = struct.pack(
+        ">4sIQIIQIIQQIIQQQQII",
+        _MAGIC,
+        3,
+        *(0, 0),  # of a backing file
+        CLUSTER.bit_length() - 1,
+        size,
+        0,  # encryption
+        *(entries, 3 * CLUSTER),  # the table of tables
+        *(CLUSTER, 1),  # the table of reference counts
+        *(0, 0),  # snapshots
+        *(0, 0, 0),  # features
+        _COUNT_ORDER,
+        HEADER,
+    )
+    counts = struct.pack(">H", 1) * (3 + tables)
+    parts = (fields, struct.pack(">Q", 2 * CLUSTER), counts, b"")
+    found = b"".join(each.ljust(CLUSTER, b"\0") for each in parts)
+    return found.ljust((3 + tables) * CLUSTER, b"\0")
+
+
+def longest(size: int) -> int:
+    """Return the bytes of a file that has all of a virtual size written to it."""
+    data = -(-size // CLUSTER)
+    tables = -(-size // _MAPPED)
+    used = data + tables + len(blank(size)) // CLUSTER
+    # Counts of clusters that are counted, and a few that are given up for others.
+    return CLUSTER * (used + -(-used // _COUNTED) + _SPARE)
 
 
 # Private

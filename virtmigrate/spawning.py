@@ -19,6 +19,7 @@ from virtmigrate import (
     reading,
     sources,
 )
+from virtmigrate import transient as transients
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
 from virtmigrate.migration.plan import NVRAM
@@ -51,6 +52,8 @@ class Wanted:
     interfaces: tuple[domainxml.Interface, ...] = ()
     demand: placement.Demand = placement.ANY
     """What its disks ask of the backend that they come to."""
+    transient: frozenset[str] = frozenset()
+    """Targets of disks to which nothing is written for good."""
     owner: str = "virtmigrate"
 
 
@@ -66,6 +69,7 @@ class Spawner:
 
         Raises InstanceExists. On failure nothing of it stays.
         """
+        transients.demand(self._here, wanted.uuid, wanted.transient, _writable(wanted))
         with self._here.claimed(wanted.uuid):
             if self._here.domains.exists(wanted.uuid):
                 raise errors.InstanceExists(
@@ -99,6 +103,7 @@ class Spawner:
         undo.add("remove the instance's record", lambda: self._forget(wanted.uuid))
         self._here.publish_instance(record)
         disks = _Volumes(self._here, self._caches, wanted, operation, undo).make()
+        disks = transients.marked(disks, wanted.transient)
         record = msgspec.structs.replace(record, disks=disks)
         self._here.publish_instance(record)
         used = {ref.backend for ref in disks}
@@ -253,6 +258,12 @@ class _Volumes:
 
 
 # Private
+
+
+def _writable(wanted: Wanted) -> set[str]:
+    """Return the targets of the disks that a guest will write to."""
+    count = 1 + len(wanted.ephemeral_sizes)
+    return {f"vd{chr(ord('a') + number)}" for number in range(count)}
 
 
 def _ref(backend: base.Backend, target: str, volume: model.Volume) -> model.DiskRef:

@@ -64,6 +64,7 @@ FLOORS = {
     "card": 4,
     "rights": 2,
     "tenure": 4,
+    "scratch": 4,
     "mailbox": 3,
     "node": 4,
     "events": 4,
@@ -86,6 +87,7 @@ FLOORS = {
     # What is done with instances.
     "migration": 6,
     "snapshot": 6,
+    "transient": 6,
     "adopt": 6,
     "upgrade": 6,
     "takeover": 7,

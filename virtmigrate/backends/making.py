@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from virtmigrate import errors, model, rollback, stream
+from virtmigrate import errors, model, qcow2, rollback, stream, wire
 from virtmigrate.backends import catalog, keeping, layout
 from virtmigrate.backends.access import Access
 from virtmigrate.backends.terms import Capabilities, Clones, Settings
@@ -153,6 +153,17 @@ class Making(Access):
         self._make(volume, lambda: self._create_overlay(volume, base))
         return volume
 
+    def scratch(self, volume: model.Volume, room: int) -> model.Volume:
+        """Create a qcow2 volume of volume.size bytes in a file of `room`, exclusively.
+
+        It holds nothing, and what it stands on only the XML says: that may lie in any
+        backend. The file takes room as it is written to. Raises Unsupported; on failure
+        nothing of it stays.
+        """
+        self._demand(self.capabilities.overlays, "make a layer for what is thrown away")
+        self._make(volume, lambda: self._create_scratch(volume, room))
+        return volume
+
     # Private
 
     def _clones(self) -> Clones:
@@ -194,6 +205,23 @@ class Making(Access):
         self.pool(volume.pool).create_overlay(
             volume.name, volume.size, self.path(base), base.format.value
         )
+
+    def _create_scratch(self, volume: model.Volume, room: int) -> None:
+        pool, head = self.pool(volume.pool), qcow2.blank(volume.size)
+        pool.preallocate = False
+        pool.create_raw(volume.name, room)
+        with rollback.Rollback() as undo:
+            undo.add(f"delete {volume.name}", lambda: pool.delete(volume.name))
+            pool.write(volume.name, head)
+            with pool.opened(volume.name, f"reading {volume.name}") as (session, vol):
+                # libvirt may have forgotten the error of a write.
+                if wire.download(session, vol, len(head)) != head:
+                    raise errors.ShortTransfer(
+                        volume=volume.name,
+                        host=self.host.name,
+                        reason="its header is not what was written",
+                    )
+            undo.commit()
 
     def _create_copy(
         self, source: model.Volume, volume: model.Volume, mover: stream.Mover

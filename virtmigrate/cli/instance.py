@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`instance list`, `instance adopt` and `instance take-over`."""
+"""`instance list`, `instance adopt`, `instance take-over` and `instance transient`."""
 
 import argparse
 from typing import Any
 
-from virtmigrate import adopt, domainxml, model, node, takeover
+from virtmigrate import adopt, domainxml, model, node, scratch, takeover
 from virtmigrate.cli import command, instances, moves
 from virtmigrate.formats import DiskFormat
 
@@ -14,11 +14,20 @@ class List(command.Lister):
 
     State is the record's: "here" may run here, "away" was handed over, "leaving" is
     in a move, "gone" came here and was given back. What has "no record" can be
-    adopted.
+    adopted. What guests write to the disks under "transient" goes when they are off.
     """
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
-        columns = ("uuid", "name", "owner", "state", "power", "peer", "operation")
+        columns = (
+            "uuid",
+            "name",
+            "owner",
+            "state",
+            "power",
+            "peer",
+            "operation",
+            "transient",
+        )
         with self.open() as session:
             return columns, sorted(_rows(session.look()), key=lambda row: str(row[1]))
 
@@ -111,6 +120,39 @@ class TakeOver(command.ShowOne):
         return command.columns(values)
 
 
+class Transient(command.ShowOne):
+    """Have what the guest writes to a disk thrown away when it is off, or not.
+
+    "on": each start makes a fresh layer over the disk, which takes all that the guest
+    writes; a reboot of the guest keeps it, and when the guest is off it is removed. The
+    disk itself stays as it is. "off": the guest writes to the disk again. The guest has
+    to be off.
+    """
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        command.add_instance(parser)
+        parser.add_argument("target", metavar="TARGET", help="the disk: vda, vdb")
+        parser.add_argument("switch", choices=("on", "off"))
+        command.add_override(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        override, is_on = parsed_args.unmanaged_override, parsed_args.switch == "on"
+        with self.open() as session:
+            here = session.here()
+            record = instances.find(here.node, parsed_args.instance)
+            instances.demand_ours(record, "make transient", override=override)
+            here.set_transient(record.uuid, parsed_args.target, transient=is_on)
+            values = {
+                "uuid": record.uuid,
+                "name": record.name,
+                "disk": parsed_args.target,
+                "transient": is_on,
+            }
+        return command.columns(values)
+
+
 def chain(text: str) -> tuple[str, tuple[domainxml.Layer, ...]]:
     """Read "vda=qcow2:/path,raw:/base"."""
     target, equals, rest = text.partition("=")
@@ -168,7 +210,7 @@ def _rows(here: node.Node) -> list[tuple[Any, ...]]:
     for uuid, name in domains.items():
         if uuid not in records:
             power = here.domains.power(uuid).value
-            rows.append((uuid, name, None, "no record", power, None, None))
+            rows.append((uuid, name, None, "no record", power, None, None, None))
     return rows
 
 
@@ -184,6 +226,7 @@ def _row(
         power,
         record.peer,
         record.operation,
+        ",".join(ref.target for ref in scratch.transient(record)) or None,
     )
 
 

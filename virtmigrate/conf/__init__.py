@@ -14,7 +14,7 @@ from pathlib import Path
 from oslo_config import cfg
 
 from virtmigrate import errors
-from virtmigrate.conf import cache, host, image, snapshot, transfer
+from virtmigrate.conf import cache, host, image, snapshot, transfer, transient
 from virtmigrate.conf.backend import backend_opts as backend_opts
 from virtmigrate.conf.backend import kind_opts as kind_opts
 from virtmigrate.conf.cache import limit_opts as limit_opts
@@ -30,6 +30,7 @@ ALL_HOST_OPTS = [
     *host.backend_list_opts,
     *cache.cache_opts,
     *snapshot.snapshot_opts,
+    *transient.transient_opts,
 ]
 
 

@@ -16,6 +16,7 @@ from virtmigrate.domainxml.edit import (
     with_nvram,
     with_size,
 )
+from virtmigrate.domainxml.guard import guarded, unguarded, with_transient
 from virtmigrate.domainxml.metadata import PREFIX as METADATA_PREFIX
 from virtmigrate.domainxml.metadata import URI as METADATA_URI
 from virtmigrate.domainxml.metadata import (
@@ -91,6 +92,7 @@ __all__ = [
     "disks",
     "emulator",
     "firmware",
+    "guarded",
     "interfaces",
     "machine",
     "memory",
@@ -100,6 +102,7 @@ __all__ = [
     "name",
     "obstacles",
     "read",
+    "unguarded",
     "uuid",
     "vcpus",
     "virt_type",
@@ -110,5 +113,6 @@ __all__ = [
     "with_metadata",
     "with_nvram",
     "with_size",
+    "with_transient",
     "without_runtime",
 ]

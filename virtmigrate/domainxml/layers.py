@@ -65,6 +65,9 @@ def _source(layer: Layer) -> Element:
     if layer.type is SourceType.NETWORK:
         source.set("protocol", "rbd")
     xml.set_attribute(source, _ATTRIBUTE[layer.type], layer.source)
+    if layer.room:
+        slices = xml.add(source, "slices")
+        xml.add(slices, "slice", type="storage", offset="0", size=str(layer.room))
     for host in layer.hosts:
         name, port = _split_host(host)
         xml.add(source, "host", name=name, port=port)

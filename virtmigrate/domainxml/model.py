@@ -64,6 +64,7 @@ class Layer:
     fmt: DiskFormat
     hosts: tuple[str, ...] = ()  # NETWORK: monitors, "name", "name:port", "[::1]:port"
     auth: Auth | None = None  # NETWORK only
+    room: int = 0  # FILE: bytes of the file that QEMU may use; 0: it may grow
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@
     │   ├── QuiesceFailed
     │   │   └── AgentNotThere
     │   ├── TakeOverRefused
+    │   ├── TransientRefused
     │   ├── SnapshotError
     │   │   ├── SnapshotNotFound, SnapshotExists
     │   │   └── SnapshotRefused, SnapshotFailed
@@ -100,6 +101,7 @@ from virtmigrate.errors.instances import OwnedElsewhere as OwnedElsewhere
 from virtmigrate.errors.instances import QuiesceFailed as QuiesceFailed
 from virtmigrate.errors.instances import TakenAway as TakenAway
 from virtmigrate.errors.instances import TakeOverRefused as TakeOverRefused
+from virtmigrate.errors.instances import TransientRefused as TransientRefused
 from virtmigrate.errors.moves import MigrationError as MigrationError
 from virtmigrate.errors.moves import MigrationRefused as MigrationRefused
 from virtmigrate.errors.moves import MigrationRolledBack as MigrationRolledBack

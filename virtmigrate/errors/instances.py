@@ -59,6 +59,12 @@ class AgentNotThere(QuiesceFailed):
     )
 
 
+class TransientRefused(InstanceError):
+    msg = (
+        "disk {target} of instance {instance} on {host} is not made {wanted}: {reason}"
+    )
+
+
 class TakeOverRefused(InstanceError):
     msg = "taking instance {instance} over to {host} is refused: {reason}"
 

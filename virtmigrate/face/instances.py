@@ -7,6 +7,7 @@ from typing import Any
 from oslo_log import log as logging
 
 from virtmigrate import mapping, spawning
+from virtmigrate import transient as transients
 from virtmigrate.face import base
 from virtmigrate.instance import Info
 
@@ -126,7 +127,10 @@ class Instances(base.Base):
         bad_volumes_callback: object = None,
         **_: object,
     ) -> None:
-        """SOFT: shut down and start. HARD: off and on, from the configuration."""
+        """SOFT: shut down and start. HARD: off and on, from the configuration.
+
+        Only SOFT keeps what the guest wrote to transient disks.
+        """
         uuid = instance.uuid
         with self.node.claimed(uuid):
             # Before it is off: it would stay so.
@@ -137,7 +141,14 @@ class Instances(base.Base):
                     uuid, wait.shutdown_timeout, wait.shutdown_retry_interval
                 )
             self.node.domains.kill(uuid)
-            self.node.start(uuid)
+            self.node.start(uuid, keep=reboot_type == "SOFT")
+
+    def set_transient(self, uuid: str, target: str, *, transient: bool) -> None:
+        """Have what the guest writes to a disk thrown away when it is off, or not.
+
+        Raises TransientRefused: nothing was changed.
+        """
+        transients.declare(self.node, uuid, target, transient, self._source.demand_none)
 
     def pause(self, instance: Any, **_: object) -> None:
         with self.node.claimed(instance.uuid):

@@ -280,15 +280,32 @@ class Arrival:
         start = noted.power != Power.OFF.value
         grown = [v for v in self._transfer.volumes if v.grow and not _raw(v)]
         uuid = noted.uuid
+        self._grow_bare(noted, grown)
         if start or grown:
             self._here.start(uuid, paused=bool(grown))
         for volume in grown:
-            self._here.domains.resize_disk(uuid, volume.target, volume.size)
+            if volume.target not in _transient(noted):
+                self._here.domains.resize_disk(uuid, volume.target, volume.size)
         if grown and not start:
             self._here.domains.kill(uuid)
         elif grown:
             self._here.domains.unpause(uuid)
         self._here.publish_instance(msgspec.structs.replace(noted, power=STARTED))
+
+    def _grow_bare(
+        self, noted: model.Instance, grown: list[model.TransferVolume]
+    ) -> None:
+        """Grow transient disks before there are layers over them."""
+        sizes = {v.target: v.size for v in grown if v.target in _transient(noted)}
+        if not sizes:
+            return
+        # What a killed call left has these disks, or layers of their old sizes.
+        self._here.domains.kill(noted.uuid)
+        with self._here.starting(noted.uuid):
+            self._here.scratch.start_bare(noted)
+        for target, size in sizes.items():
+            self._here.domains.resize_disk(noted.uuid, target, size)
+        self._here.domains.kill(noted.uuid)
 
     def _publish_settled(self, durable: bool) -> None:
         if self._transfer.state is TransferState.SETTLED:
@@ -322,6 +339,10 @@ def _make_durable(backend: base.Backend, volume: model.Volume) -> bool:
     durable = backend.persist(volume.pool, volume.name)
     backend.update(msgspec.structs.replace(volume, durable=durable))
     return durable
+
+
+def _transient(noted: model.Instance) -> set[str]:
+    return {ref.target for ref in noted.disks if ref.transient}
 
 
 def _raw(volume: model.TransferVolume) -> bool:

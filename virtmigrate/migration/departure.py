@@ -262,6 +262,7 @@ class Departure:
         """Remove or retire the volumes that the move left here, those of this
         instance only."""
         facts.drop_memory(self._here, self.journal)
+        self._here.scratch.drop(self._original.uuid)
         roots = facts.roots(self.journal)
         for sent in self._transfer.volumes:
             backend = self._backend(sent)

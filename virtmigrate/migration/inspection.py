@@ -5,6 +5,8 @@ Looked at for the plan, again before the guest is stopped, and once more when it
 off: sending its disks ahead may have taken hours, and others can use its domain.
 """
 
+from collections.abc import Mapping
+
 import msgspec
 
 from virtmigrate import domainxml, errors, model, node
@@ -32,7 +34,8 @@ def inspect(here: node.Node, record: model.Instance) -> model.Instance:
         raise _refused(uuid, f"it is {power.value}")
     demand_recorded(here, record, xml)
     if power is not Power.OFF:
-        demand_recorded(here, record, here.domains.live_xml(uuid))
+        live, tops = here.domains.live_xml(uuid), here.scratch.tops(record)
+        demand_recorded(here, record, live, tops)
     return msgspec.structs.replace(
         record,
         domain_xml=xml,
@@ -41,15 +44,25 @@ def inspect(here: node.Node, record: model.Instance) -> model.Instance:
     )
 
 
-def demand_recorded(here: node.Node, record: model.Instance, xml: str) -> None:
-    """See that a domain uses what the records say, all of it, and no more."""
+def demand_recorded(
+    here: node.Node,
+    record: model.Instance,
+    xml: str,
+    tops: Mapping[str, domainxml.Layer] | None = None,
+) -> None:
+    """See that a domain uses what the records say, all of it, and no more.
+
+    Arguments:
+        tops: layers over transient disks, by target; there are some while it runs.
+    """
     recorded = {ref.target: ref for ref in record.disks}
     for disk in domainxml.disks(xml):
         if disk.chain:
             ref = recorded.pop(disk.target, None)
             if ref is None:
                 raise _refused(record.uuid, f"disk {disk.target} has no record")
-            _demand_same(record.uuid, disk, _top(here, ref))
+            top = (tops or {}).get(ref.target) or _top(here, ref)
+            _demand_same(record.uuid, disk, top)
     nvram = recorded.pop(NVRAM, None)
     _demand_nvram(record.uuid, _top(here, nvram) if nvram else None, xml)
     if recorded:

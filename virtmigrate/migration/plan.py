@@ -281,11 +281,19 @@ class _Planner:
     ) -> model.TransferVolume:
         """Plan how a disk that both hosts see stays what it is until the confirm.
 
-        By a layer over it, or as the backend keeps states itself.
+        By a layer over it, or as the backend keeps states itself. A transient one that
+        could get a layer stays by itself, as does what the guest cannot write to.
         """
         top, can = backend.chain(ref.volume)[0], backend.capabilities
-        changes = ref.role is not Role.CONFIG
+        lasting = not (ref.transient and can.overlays)
+        changes = ref.role is not Role.CONFIG and lasting
         frozen = changes and can.overlays
+        if not lasting and self._new_size(ref, top) > top.size:
+            raise self._refuse(
+                f"disk {ref.target} is transient and lies where both hosts see it, so "
+                "that it cannot grow by a move: make it permanent first (`virtmigrate "
+                "instance transient`)"
+            )
         return model.TransferVolume(
             name=f"{ref.target}.{self._operation}" if frozen else top.name,
             backend=card.name,

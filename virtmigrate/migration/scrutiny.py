@@ -57,7 +57,8 @@ class Scrutiny:
         """Refuse a volume that both hosts see, and that is not the instance's."""
         volumes = self._backend(volume).volumes
         found = volumes.read(volume.name).body
-        honest = self._is_own(found) and found.backing == volume.backing
+        # One over which nothing was put keeps what it stands on: it is transient.
+        honest = self._is_own(found) and volume.backing in (None, found.backing)
         if volume.backing is not None:
             below = volumes.read(volume.backing).body
             frozen = below.state is VolumeState.FROZEN

@@ -58,6 +58,7 @@ class Planner:
         """Return what would be done; SnapshotRefused, SnapshotExists."""
         found = self._work.demand_idle(_DOING)
         self._demand_name(found, wanted)
+        self._demand_lasting(found, wanted)
         taken = self._work.taken()
         operation = new_operation()
         frozen = tuple(self._frozen(found, wanted))
@@ -107,6 +108,23 @@ class Planner:
                     f"{disk.target} has {depth} layers (max_chain): delete snapshots "
                     "that it stands on",
                 )
+
+    def _demand_lasting(self, found: model.Instance, wanted: Wanted) -> None:
+        """Refuse to keep what is thrown away when the guest is off."""
+        targets = {ref.target for ref in found.disks if ref.transient}
+        if kept := targets - wanted.left_out:
+            raise self._work.refused(
+                _DOING,
+                f"{', '.join(sorted(kept))} is transient: what its guest writes goes "
+                "when that is off. Leave it out (--leave-out), or make it permanent "
+                "(`virtmigrate instance transient`)",
+            )
+        if targets and wanted.memory is not Memory.NONE:
+            raise self._work.refused(
+                _DOING,
+                "the memory of a guest fits what is on its disks, and "
+                f"{', '.join(sorted(targets))} is transient: leave the memory out",
+            )
 
     def _frozen(self, found: model.Instance, wanted: Wanted) -> list[FrozenDisk]:
         known = {ref.target for ref in found.disks}

@@ -286,8 +286,7 @@ class Reverting:
         work = self._work
         if power == Taken.OFF.value:
             return
-        with work.here.starting(work.uuid):
-            work.states.start(work.uuid, paused=power == Taken.PAUSED.value)
+        work.here.begin(work.uuid, paused=power == Taken.PAUSED.value)
         if power == Taken.RUNNING.value:
             work.states.unpause(work.uuid)
 

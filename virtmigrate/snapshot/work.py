@@ -237,7 +237,10 @@ class Work:
         }
         macs = [each.mac.lower() for each in domainxml.interfaces(text)]
         ends = [plugged[mac] for mac in macs if mac in plugged]
-        return domainxml.with_interfaces(text, ends)
+        text = domainxml.with_interfaces(text, ends)
+        return domainxml.with_transient(
+            text, (ref.target for ref in found.disks if ref.transient)
+        )
 
     def described(self, snapshot: Snapshot) -> str:
         """Return libvirt's description of a state inside of volumes."""
