@@ -131,6 +131,7 @@ SHARE = {
     r"test_lvm\.py.*(_goes_on_|_from_a_|_between_|_layers_|_resized_)": 0,
     r"test_sandbox_machine\.py": 0,
     r"test_snapshot_kills\.py": 6,
+    r"test_transient_kills\.py": 2,
     r"test_snapshot_rbd\.py::test_killed": 2,
 }
 """How many tests `make test` takes of those that are slow; --full takes all."""

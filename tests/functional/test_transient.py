@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transient disks: what a guest writes goes when it is off, and the disk stays."""
 
+import os
+import signal
 import subprocess
 import time
 import types
@@ -136,6 +138,23 @@ def test_a_start_drops_what_is_left(world: World, guest: Any) -> None:
     assert seen(world, a, guest) == 0
     assert old not in layers(a, guest)
     assert len(layers(a, guest)) == 1
+
+
+def test_the_host_loses_power(world: World, guest: Any) -> None:
+    a = world.a
+    before = digests(a, guest)
+    write(a, guest, 7)
+    a.driver.cleanup_host("alpha")
+    for pid in a.host.qemu_pids():
+        os.kill(pid, signal.SIGKILL)
+    a.host.kill_libvirtd()
+    a.host.start_libvirtd()
+    a.new_driver()
+    assert a.state_of(guest) == "shutoff"
+    assert layers(a, guest) == []
+    a.driver.power_on(None, guest, None)
+    assert seen(world, a, guest) == 0
+    assert digests(a, guest) == before
 
 
 def test_kept_by_what_is_no_end(world: World, guest: Any) -> None:
