@@ -16,15 +16,15 @@ from pathlib import Path
 import msgspec
 
 from tests.functional import killed
-from virtmigrate import instance, record, storagepool
+from virtmigrate import instance, qcow2, record, wire
 from virtmigrate.backends import making
 from virtmigrate.driver import VirtMigrateDriver
 
 POINTS: list[killed.Point] = [
     (record.Store, "publish"),
     (record.Store, "remove"),
-    (storagepool.Pool, "create_raw"),
-    (storagepool.Pool, "write"),
+    (qcow2, "blank"),
+    (wire, "download"),
     (making.Making, "_delete"),
     (instance.Domains, "define"),
     (instance.Domains, "undefine"),
@@ -34,6 +34,7 @@ POINTS: list[killed.Point] = [
     (instance.Domains, "forbid_autostart"),
 ]
 LASTING: list[killed.Point] = [
+    (making.Making, "_create_scratch"),
     (instance.Domains, "start_with"),
     (instance.Domains, "save"),
 ]

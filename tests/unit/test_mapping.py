@@ -178,3 +178,34 @@ def test_other_ports_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("nothing", [None, [], ()], ids=["none", "list", "tuple"])
 def test_no_ports(nothing: Any) -> None:
     assert mapping.interfaces(nothing) == ()
+
+
+@pytest.mark.parametrize(
+    ("specs", "properties", "expected"),
+    [
+        ({}, {}, set()),
+        ({"virtmigrate:transient": "vda, vdb"}, {}, {"vda", "vdb"}),
+        ({}, {"virtmigrate_transient": "vda"}, {"vda"}),
+        (
+            {"virtmigrate:transient": "vdb"},
+            {"virtmigrate_transient": "vda,"},
+            {"vda", "vdb"},
+        ),
+    ],
+    ids=["none", "flavor", "image", "both"],
+)
+def test_transient(
+    specs: dict[str, str], properties: dict[str, str], expected: set[str]
+) -> None:
+    flavor = types.SimpleNamespace(
+        memory_mb=64, vcpus=1, root_gb=1, ephemeral_gb=1, extra_specs=specs
+    )
+    instance = types.SimpleNamespace(uuid="u", name="n", flavor=flavor)
+    found = mapping.wanted(
+        instance,
+        {"properties": properties},
+        None,
+        image=Path("/image"),
+        owner="o",
+    )
+    assert found.transient == expected

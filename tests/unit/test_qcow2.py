@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtmigrate import qcow2
-from virtmigrate.units import MiB
+from virtmigrate.units import GiB, KiB, MiB
 
 DATA_FILE = 1 << 2
 OBJECTION = "names a file for its data"
@@ -162,3 +162,57 @@ def information(layer: Path) -> dict[str, Any]:
     said = subprocess.run(argv, check=True, timeout=60, capture_output=True).stdout
     found: dict[str, Any] = json.loads(said)
     return found
+
+
+SIZES = (512, 64 * KiB, 8 * MiB, 10 * GiB + 512, 5000 * GiB)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_blank_as_qemu_sees_it(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "blank"
+    with path.open("wb") as file:
+        file.write(qcow2.blank(size))
+        file.truncate(qcow2.longest(size))
+    argv = ["qemu-img", "check", "-q", "-f", "qcow2", str(path)]
+    assert subprocess.run(argv, timeout=60).returncode == 0
+    argv = ["qemu-img", "info", "-f", "qcow2", "--output=json", str(path)]
+    done = subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    said = json.loads(done.stdout)
+    assert said["virtual-size"] == size
+    assert "backing-filename" not in said
+    assert qcow2.objection(qcow2.blank(size)) is None
+
+
+@pytest.mark.parametrize("size", [64 * KiB, 8 * MiB, 40 * MiB + 512])
+def test_longest_is_enough(tmp_path: Path, size: int) -> None:
+    """A file of that many bytes takes a disk that is written to everywhere."""
+    path, room = tmp_path / "full", qcow2.longest(size)
+    with path.open("wb") as file:
+        file.write(qcow2.blank(size))
+        file.truncate(room)
+    slice_ = {"driver": "raw", "offset": 0, "size": room}
+    file_ = {"driver": "file", "filename": str(path)}
+    spec = {"driver": "qcow2", "file": slice_ | {"file": file_}}
+    ends = range(0, size, 8 * MiB)
+    writes = [f"write -P 5 {at} {min(8 * MiB, size - at)}" for at in ends]
+    argv = ["qemu-io", *(word for w in writes for word in ("-c", w))]
+    argv += ["-c", f"read -P 5 0 {size}", f"json:{json.dumps(spec)}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert "failed" not in done.stdout
+    assert path.stat().st_size == room
+
+
+def test_less_is_not_enough(tmp_path: Path) -> None:
+    """QEMU keeps to the room of the file."""
+    path, size, room = tmp_path / "small", 8 * MiB, 2 * MiB
+    with path.open("wb") as file:
+        file.write(qcow2.blank(size))
+        file.truncate(room)
+    slice_ = {"driver": "raw", "offset": 0, "size": room}
+    file_ = {"driver": "file", "filename": str(path)}
+    spec = {"driver": "qcow2", "file": slice_ | {"file": file_}}
+    argv = ["qemu-io", "-c", f"write -P 5 0 {size}", f"json:{json.dumps(spec)}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert "No space left on device" in done.stdout + done.stderr
+    assert path.stat().st_size == room
