@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transient disks: what a guest writes goes when it is off, and the disk stays."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import types
 import uuid as uuids
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
+import msgspec
 import pytest
 
 from sandbox import guest as guests
 from tests.functional import guestdisk
 from tests.functional.conftest import Node, World, digest, guest_view
 from tests.functional.guestdisk import LENGTH, OFFSET, write
+from tests.functional.test_cli import configuration
 from virtmigrate import consistency, domainxml, errors, scratch, transient
 from virtmigrate.backends import making
 from virtmigrate.instance import Domains
@@ -352,6 +356,38 @@ def test_refused(world: World, guest: Any) -> None:
     a.driver.destroy(None, other)
 
 
+PROGRAM = """
+import sys
+from virtmigrate.cli import instance, main
+app = main.App()
+app.command_manager.add_command("instance transient", instance.Transient)
+sys.exit(app.run(sys.argv[1:]))
+"""
+
+
+def test_the_command(world: World, tmp_path: Path) -> None:
+    a, guest = world.a, spawn(world)
+    file = tmp_path / "virtmigrate.conf"
+    file.write_text(configuration(world))
+
+    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+        argv = [sys.executable, "-c", PROGRAM, "--config-file", str(file), *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=90)
+
+    word = ("instance", "transient", guest.name, "vda")
+    refused = run(*word, "on")
+    assert refused.returncode == 1
+    assert "the guest is running: turn it off first" in refused.stderr
+    a.driver.power_off(guest)
+    done = run(*word, "on", "-f", "json")
+    assert json.loads(done.stdout)["transient"] is True
+    (row,) = json.loads(run("instance", "list", "-f", "json").stdout)
+    assert (row["uuid"], row["transient"]) == (guest.uuid, "vda")
+    assert run(*word, "off").returncode == 0
+    (row,) = json.loads(run("instance", "list", "-f", "json").stdout)
+    assert row["transient"] is None
+
+
 # Without us
 
 
@@ -435,6 +471,18 @@ def test_a_header_that_does_not_last(
             a.driver.power_on(None, guest, None)
     assert a.files() == before
     a.driver.power_on(None, guest, None)
+
+
+def test_a_disk_without_a_record(world: World, guest: Any) -> None:
+    """What does not fit is named."""
+    here = world.a.driver.node
+    ((backend, layer),) = here.scratch.owned(guest.uuid)
+    assert layer.transient is not None
+    over = msgspec.structs.replace(layer.transient, volume="gone")
+    backend.update(msgspec.structs.replace(layer, transient=over))
+    (found,) = consistency.check(here)
+    assert (found.name, found.kind) == (layer.name, consistency.Kind.MISSING)
+    assert "it stands on gone in local, which has no record" in found.detail
 
 
 # Snapshots
@@ -563,6 +611,27 @@ def test_a_paused_one_is_put_back(
     assert a.driver.settle() == []
     a.driver.unpause(guest)
     assert a.state_of(guest) == "running"
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["copied", "shared"])
+def test_a_paused_one_is_reverted(world: World, is_shared: bool) -> None:
+    """Its peer began without the layer: there is none that its memory would fit."""
+    if is_shared:
+        world.share()
+    a, guest = world.a, spawn(world, "vda")
+    before = digests(a, guest)
+    write(a, guest, 7)
+    a.driver.pause(guest)
+    world.finish(guest, world.migrate(guest))
+    world.revert(guest)
+    assert a.state_of(guest) == "paused"
+    assert seen(world, a, guest) == 0
+    for node in (world.b, a):
+        node.driver.settle()
+        assert node.driver.settle() == []
+    assert len(layers(a, guest)) == 1
+    assert digests(a, guest) == before
+    a.driver.destroy(None, guest)
 
 
 @pytest.mark.parametrize("end", ["confirm", "revert"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node, record
+from virtmigrate import errors, model, node, record, scratch
 from virtmigrate.instance import Power
 from virtmigrate.journal import Journal
 from virtmigrate.migration import facts
@@ -279,9 +279,18 @@ class Undo:
         memory = files.volumes.find(facts.memory_name(self._journal.operation))
         off = self._here.domains.power(uuid) is Power.OFF
         if self._original.power == Power.PAUSED.value and off and memory:
-            self._here.restore(uuid, memory.body.path)
+            if self._has_lost_layers():
+                self._here.start(uuid, paused=True)
+            else:
+                self._here.restore(uuid, memory.body.path)
         elif self._original.power != Power.OFF.value:
             self._here.start(uuid)
+
+    def _has_lost_layers(self) -> bool:
+        """Tell whether layers that its memory fits may be gone: its peer may have
+        started it, and begins with none."""
+        transient = scratch.transient(self._original)
+        return bool(transient) and self._journal.has("giving")
 
     def _drop_layers(self) -> None:
         """Remove the layers that this move put over shared disks."""
