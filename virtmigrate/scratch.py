@@ -64,10 +64,12 @@ class Scratch:
             keep: go on with the layers that there are, as a reboot does.
         """
         refs = transient(found)
-        if not refs or not self._is_idle(found.uuid):
+        own = self._noted(found) if self._is_idle(found.uuid) else None
+        if not refs or own is None:
             self._domains.start(found.uuid, paused=paused)
             return
-        own = self._guarded(found)
+        # libvirt would start it with the host, and make no layers.
+        self._domains.forbid_autostart(found.uuid)
         with Rollback() as undo:
             undo.add("drop its layers", lambda: self.drop(found.uuid))
             layers = self._layers(found, keep=keep)
@@ -137,14 +139,15 @@ class Scratch:
         # libvirt numbers one that it is about to start, and says that it is off.
         return info.power is Power.OFF and info.id < 0
 
-    def _guarded(self, found: model.Instance) -> str:
-        """Return its own configuration, which says what is transient from here on."""
+    def _noted(self, found: model.Instance) -> str:
+        """Return its own configuration, which says what is transient from here on.
+
+        And nothing else: one that was killed may have changed the record only.
+        """
         text = self._domains.xml(found.uuid)
         noted = domainxml.with_transient(text, (r.target for r in transient(found)))
         if noted != text:
             self._domains.define(noted)
-        # libvirt would start it with the host, and make no layers.
-        self._domains.forbid_autostart(found.uuid)
         return noted
 
     def _layers(self, found: model.Instance, *, keep: bool) -> dict[str, Owned]:
