@@ -91,7 +91,7 @@ def crash(node: Node, instance: Any) -> None:
     wait_for(lambda: node.state_of(instance) == "shutoff")
 
 
-def wait_for(is_so: Callable[[], bool], timeout: float = 90) -> None:
+def wait_for(is_so: Callable[[], bool], timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not is_so():
         assert time.monotonic() < deadline
@@ -204,6 +204,7 @@ def test_reboots(world: World) -> None:
     assert digests(a, guest) == before
 
 
+@pytest.mark.timeout(900)
 def test_a_real_guest(world: World) -> None:
     """Its counter on one disk goes on, on the other it begins anew."""
     a, made = world.a, world.instance(memory_mb=128, ephemeral_gb=1)
@@ -247,6 +248,7 @@ def test_a_real_guest(world: World) -> None:
 # The bound
 
 
+@pytest.mark.timeout(600)
 def test_limit(world: World) -> None:
     """QEMU pauses a guest whose layer is full, and never writes more."""
     a, made = world.a, world.instance(memory_mb=128, ephemeral_gb=1)

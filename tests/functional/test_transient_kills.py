@@ -48,7 +48,7 @@ CHANGES = {
     "resume": Change("saved", ("shutoff", "running"), (7,)),
     "on": Change("off", ("shutoff",), declared=(False, True)),
     "off": Change("off", ("shutoff",), declared=(False, True)),
-    "destroy": Change("", ("shutoff", None)),
+    "destroy": Change("", ("running", "shutoff", None), (7,)),
 }
 
 
