@@ -24,8 +24,9 @@ def declare(
     here: node.Node,
     uuid: str,
     target: str,
-    transient: bool,
     demand_no_move: Callable[[str], None],
+    *,
+    transient: bool,
 ) -> None:
     """Have a disk of an instance that is off be transient from its next start on, or
     be written to again; nothing happens when it is so.
@@ -41,7 +42,7 @@ def declare(
         demand_no_move(uuid)
         found = here.entitled(uuid)
         demand(here, uuid, {target}, _writable(found))
-        refusal = _refusal(here, found, target, transient)
+        refusal = _refusal(here, found, target, transient=transient)
         if refusal is not None:
             raise errors.TransientRefused(
                 instance=uuid,
@@ -134,7 +135,7 @@ def _writable(found: model.Instance) -> set[str]:
 
 
 def _refusal(
-    here: node.Node, found: model.Instance, target: str, transient: bool
+    here: node.Node, found: model.Instance, target: str, *, transient: bool
 ) -> str | None:
     """Return why a disk cannot be declared so now; None if it can."""
     power = here.domains.power(found.uuid)

@@ -148,7 +148,9 @@ class Instances(base.Base):
 
         Raises TransientRefused: nothing was changed.
         """
-        transients.declare(self.node, uuid, target, transient, self._source.demand_none)
+        transients.declare(
+            self.node, uuid, target, self._source.demand_none, transient=transient
+        )
 
     def pause(self, instance: Any, **_: object) -> None:
         with self.node.claimed(instance.uuid):
