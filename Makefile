@@ -17,7 +17,7 @@ TESTARGS ?=
 # Each writes its figures to benchmarks/NAME.json.
 BENCHMARKS := transfer cache snapshot clone
 
-.PHONY: help setup image machine-image demo test test-unit test-functional test-full lint format \
+.PHONY: help setup image machine-image stock-image demo test test-unit test-functional test-full lint format \
 	bench sandbox sandbox-down clean
 
 help: ## Show the targets
@@ -32,6 +32,9 @@ image: setup
 machine-image: setup
 	@timeout -k 10 900 $(SANDBOX) machine-image >/dev/null
 
+stock-image: setup
+	@timeout -k 10 900 $(SANDBOX) stock-image >/dev/null
+
 demo: image ## Move a running guest between two hosts, and watch it go on
 	@timeout -k 10 300 $(SANDBOX) exec --own demo -- $(CURDIR)/$(PYTHON) -m sandbox.demo
 
@@ -44,7 +47,7 @@ test-functional: image $(if $(findstring lvm,$(BACKENDS)),machine-image) ## Run 
 	@timeout -k 60 3030 tools/functional --durations=25 \
 		--require-backends=$(BACKENDS) $(TESTARGS)
 
-test-full: image machine-image test-unit ## Run all tests, the long ones too
+test-full: image machine-image stock-image test-unit ## Run all tests, the long ones too
 	@timeout -k 60 14400 $(SANDBOX) exec --own test -- \
 		timeout -k 30 14300 $(PYTEST) tests/functional \
 		--require-backends=$(BACKENDS) --full $(TESTARGS)

@@ -10,7 +10,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sandbox import errors, guest, machine, namespace, sandbox
+from sandbox import (
+    errors,
+    guest,
+    identityimage,
+    machine,
+    namespace,
+    sandbox,
+    stockimage,
+)
 
 FORWARDED = (
     signal.SIGINT,
@@ -53,10 +61,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?")
     command.add_argument("--all", action="store_true")
     command.set_defaults(function=down)
-    command = commands.add_parser("image", help="build the guest image")
+    command = commands.add_parser("image", help="build the guests' images")
     command.set_defaults(function=image)
     command = commands.add_parser("machine-image", help="build what machines boot from")
     command.set_defaults(function=machine_image)
+    command = commands.add_parser("stock-image", help="build a guest of stock Debian")
+    command.set_defaults(function=stock_image)
     return top
 
 
@@ -145,14 +155,21 @@ def down(arguments: argparse.Namespace) -> int:
 
 
 def image(arguments: argparse.Namespace) -> int:
-    """Build the guest image, unless it is there, and print its path."""
+    """Build the guests' images, unless they are there, and print their paths."""
     print(guest.image().path)
+    print(identityimage.image().path)
     return 0
 
 
 def machine_image(arguments: argparse.Namespace) -> int:
     """Build the root of machines, unless it is there, and print its path."""
     print(machine.root().disk)
+    return 0
+
+
+def stock_image(arguments: argparse.Namespace) -> int:
+    """Build the stock Debian, unless it is there, and print its path."""
+    print(stockimage.build().disk)
     return 0
 
 

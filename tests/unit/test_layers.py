@@ -96,6 +96,7 @@ FLOORS = {
     "slots": 5,
     "shelf": 5,
     "staging": 5,
+    "identity": 5,
     "neighbours": 6,
     "fetching": 6,
     "imagecache": 6,

@@ -37,6 +37,9 @@
     │   ├── QuiesceFailed
     │   │   └── AgentNotThere
     │   ├── TakeOverRefused
+    │   ├── IdentityError
+    │   │   ├── GuestFailed, HookFailed
+    │   │   └── IdentityRefused, IdentityFailed
     │   ├── SnapshotError
     │   │   ├── SnapshotNotFound, SnapshotExists
     │   │   └── SnapshotRefused, SnapshotFailed
@@ -85,6 +88,11 @@ from virtmigrate.errors.hosts import InsecureConnection as InsecureConnection
 from virtmigrate.errors.hosts import LibvirtFailed as LibvirtFailed
 from virtmigrate.errors.hosts import ReceiverSilent as ReceiverSilent
 from virtmigrate.errors.hosts import RequestRefused as RequestRefused
+from virtmigrate.errors.identity import GuestFailed as GuestFailed
+from virtmigrate.errors.identity import HookFailed as HookFailed
+from virtmigrate.errors.identity import IdentityError as IdentityError
+from virtmigrate.errors.identity import IdentityFailed as IdentityFailed
+from virtmigrate.errors.identity import IdentityRefused as IdentityRefused
 from virtmigrate.errors.images import DiskTooSmall as DiskTooSmall
 from virtmigrate.errors.images import ImageError as ImageError
 from virtmigrate.errors.images import ImageGone as ImageGone
