@@ -11,9 +11,9 @@ from tests.functional.cloneworld import Fake, dummy, new
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, write
 from virtmigrate import consistency, errors
-from virtmigrate.model import CloneState, VolumeState
+from virtmigrate.model import CloneState, Role, VolumeState
 from virtmigrate.snapshot import Return, Wanted
-from virtmigrate.units import KiB
+from virtmigrate.units import KiB, MiB
 
 
 @pytest.fixture
@@ -143,16 +143,17 @@ def test_detach(world: World, family: list[Any], power: str) -> None:
     assert world.a.state_of(first) == "running"
 
 
-def test_detach_the_heir(world: World, family: list[Any]) -> None:
+@pytest.mark.parametrize("who", ["heir", "other"])
+def test_detach_the_heir(world: World, family: list[Any], who: str) -> None:
     """What it had of its source, and others stand on, is theirs then."""
     source, *twins = family
     world.a.driver.destroy(None, source)
     heir = next(o for o, below in volumes(world).values() if below is None)
-    for each in twins:
-        world.a.driver.detach_clone(None, each)
+    (chosen,) = (each for each in twins if (each.uuid == heir) == (who == "heir"))
+    world.a.driver.detach_clone(None, chosen)
     expect_whole(world, twins, [1, 2])
-    assert heir in {each.uuid for each in twins}
-    assert [below for _, below in volumes(world).values()] == [None, None]
+    found = volumes(world).values()
+    assert sorted(found, key=str) == sorted(((t.uuid, None) for t in twins), key=str)
 
 
 def test_detach_refused(world: World, family: list[Any]) -> None:
@@ -211,3 +212,30 @@ def test_memory_is_for_the_hypervisor(world: World) -> None:
     frozen = VolumeState.FROZEN
     states = [s.body.state for s in world.a.driver.node.files.catalog.all()]
     assert states.count(frozen) == 1
+
+
+def test_an_image_stays_below(world: World) -> None:
+    """Of what a clone stands on, the image of the cache is not another instance's."""
+    path = world.image(4 * MiB)
+    source, (twin,) = world.instance(), new(1)
+    meta = {"path": str(path), "disk_format": "raw", "id": "image"}
+    world.a.driver.spawn(None, source, meta)
+    write(world.a, source, 9)
+    world.a.driver.power_off(source)
+    world.a.driver.clone(None, source, [twin])
+    world.a.driver.power_on(None, twin, None)
+    world.a.driver.detach_clone(None, twin)
+    world.a.driver.destroy(None, source)
+    assert byte(world, twin) == 9
+    here = world.a.driver.node
+    (ref,) = here.entitled(twin.uuid).disks
+    layer, image = here.backend(ref.backend).chain(ref.volume)
+    assert layer.owner == twin.uuid
+    assert image.role is Role.IMAGE
+    # What is the image's is not copied.
+    taken = here.backend(ref.backend).pool(layer.pool).allocated(layer.name)
+    assert taken < MiB
+    assert world.read(world.a, twin)[: 2 * MiB] == path.read_bytes()[: 2 * MiB]
+    world.a.driver.reboot(None, twin, None, "HARD")
+    assert world.a.state_of(twin) == "running"
+    assert consistency.check(here) == []

@@ -93,7 +93,7 @@ class Clones:
         """
         with self._here.claimed(uuid):
             owners = self._detaching.run(uuid, progress)
-        for owner in sorted(owners - {uuid}):
+        for owner in sorted({*owners, uuid}):
             self.tidy(owner)
 
     def tidy(self, uuid: str) -> None:

@@ -89,7 +89,10 @@ class Detaching:
         self._pulls = Pulls(here.host)
 
     def run(self, uuid: str, progress: Progress | None = None) -> set[str]:
-        """Do it; return the instances that it stood on. CloneRefused, CloneError."""
+        """Do it; return the instances that it stood on, and those that inherit from it.
+
+        Raises CloneRefused, CloneError.
+        """
         work = Work(self._here, uuid, self._demand)
         found = work.demand_idle(_DOING)
         if found.cloned is not None and found.cloned.state is CloneState.MAKING:
@@ -107,6 +110,7 @@ class Detaching:
         for ref in found.disks:
             self._detach(work, found, ref, progress or Progress())
         for backend in self._here.up():
+            owners |= set(lending.lent(backend, uuid).values())
             with lending.settled(backend, uuid, self._here.options.lock_timeout):
                 pass
         LOG.info("instance=%s stands on no other one's volumes", uuid)
