@@ -14,16 +14,17 @@ from oslo_log import log as logging
 
 from virtmigrate import errors, journal, model, node
 from virtmigrate import snapshot as snapshots
+from virtmigrate.clone.agents import Agents
 from virtmigrate.clone.course import Course
 from virtmigrate.clone.detaching import Detaching
 from virtmigrate.clone.planning import Planner
-from virtmigrate.clone.terms import Identities, New, Nobody, Outcome, Wanted
+from virtmigrate.clone.terms import Identities, New, Outcome, Wanted
 from virtmigrate.progress import Progress
 from virtmigrate.snapshot.work import Demand, new_operation
 
 LOG = logging.getLogger(__name__)
 
-__all__ = ["Clones", "Identities", "New", "Nobody", "Outcome", "Wanted"]
+__all__ = ["Clones", "Identities", "New", "Outcome", "Wanted"]
 
 
 class Clones:
@@ -31,7 +32,7 @@ class Clones:
 
     Arguments:
         demand_no_move: raises InvalidState while a move of an instance is open here.
-        identities: who makes guests somebody else.
+        identities: who makes guests somebody else; by default their agents.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Clones:
         self._here = here
         self._snapshots = known
         self._demand_no_move = demand_no_move
-        self.identities: Identities = identities or Nobody()
+        self.identities: Identities = identities or Agents(
+            here.host, float(here.options.clone_identity_timeout)
+        )
 
     def all(self) -> list[model.Instance]:
         """Return the records of this host's clones, those being made, too."""

@@ -96,23 +96,3 @@ class Identities(Protocol):
         Raises an error of ours where it is not proven to differ from its source and
         all siblings.
         """
-
-
-class Nobody:
-    """Makes no guest somebody else."""
-
-    def obstacles(self, uuid: str) -> list[str]:
-        return [f"{NO_AGENT}: nobody asks guests here"]
-
-    def read(self, uuid: str) -> Values:
-        return {}
-
-    def change(
-        self,
-        uuid: str,
-        wanted: Self,
-        source: Values,
-        siblings: Sequence[Values],
-        risk: frozenset[str],
-    ) -> Changed:
-        return Changed({}, "{}", (NO_AGENT,))
