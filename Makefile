@@ -46,7 +46,7 @@ test-unit: setup ## Run the unit tests: no root, no hosts
 	@timeout -k 10 300 $(PYTEST) tests/unit -n 2 $(TESTARGS)
 
 test-functional: image $(if $(findstring lvm,$(BACKENDS)),machine-image) ## Run the functional tests on hosts of their own
-	@timeout -k 60 3030 tools/functional --durations=25 \
+	@timeout -k 60 3640 tools/functional --durations=25 \
 		--require-backends=$(BACKENDS) $(TESTARGS)
 
 test-nova: image ## Run Nova with this driver, on hosts of their own

@@ -124,43 +124,6 @@ def longest(size: int) -> int:
     return CLUSTER * (used + -(-used // _COUNTED) + _SPARE)
 
 
-def blank(size: int) -> bytes:
-    """Return the first clusters of a file of this virtual size that holds nothing.
-
-    It stands on nothing by its own word, and on what the XML says.
-    """
-    entries = -(-size // _MAPPED)
-    tables = max(1, -(-8 * entries // CLUSTER))
-    fields = struct.pack(
-        ">4sIQIIQIIQQIIQQQQII",
-        _MAGIC,
-        3,
-        *(0, 0),  # of a backing file
-        CLUSTER.bit_length() - 1,
-        size,
-        0,  # encryption
-        *(entries, 3 * CLUSTER),  # the table of tables
-        *(CLUSTER, 1),  # the table of reference counts
-        *(0, 0),  # snapshots
-        *(0, 0, 0),  # features
-        _COUNT_ORDER,
-        HEADER,
-    )
-    counts = struct.pack(">H", 1) * (3 + tables)
-    parts = (fields, struct.pack(">Q", 2 * CLUSTER), counts, b"")
-    found = b"".join(each.ljust(CLUSTER, b"\0") for each in parts)
-    return found.ljust((3 + tables) * CLUSTER, b"\0")
-
-
-def longest(size: int) -> int:
-    """Return the bytes of a file that has all of a virtual size written to it."""
-    data = -(-size // CLUSTER)
-    tables = -(-size // _MAPPED)
-    used = data + tables + len(blank(size)) // CLUSTER
-    # Counts of clusters that are counted, and a few that are given up for others.
-    return CLUSTER * (used + -(-used // _COUNTED) + _SPARE)
-
-
 # Private
 
 

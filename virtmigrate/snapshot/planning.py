@@ -109,23 +109,6 @@ class Planner:
                 f"{', '.join(sorted(targets))} is transient: leave the memory out",
             )
 
-    def _demand_lasting(self, found: model.Instance, wanted: Wanted) -> None:
-        """Refuse to keep what is thrown away when the guest is off."""
-        targets = {ref.target for ref in found.disks if ref.transient}
-        if kept := targets - wanted.left_out:
-            raise self._work.refused(
-                _DOING,
-                f"{', '.join(sorted(kept))} is transient: what its guest writes goes "
-                "when that is off. Leave it out (--leave-out), or make it permanent "
-                "(`virtmigrate instance transient`)",
-            )
-        if targets and wanted.memory is not Memory.NONE:
-            raise self._work.refused(
-                _DOING,
-                "the memory of a guest fits what is on its disks, and "
-                f"{', '.join(sorted(targets))} is transient: leave the memory out",
-            )
-
     def _frozen(self, found: model.Instance, wanted: Wanted) -> list[FrozenDisk]:
         known = {ref.target for ref in found.disks}
         strange = (set(wanted.places) | wanted.left_out) - known
