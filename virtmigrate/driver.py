@@ -77,15 +77,16 @@ class VirtMigrateDriver(
         """
         register(self._conf)
         self._node = node.Node(self._conf)
+        # What cleanup_host closes, also when this fails.
         self._peers = peers.Peers(self._node)
+        self.live = LiveMigrations(self._node, self.peer)
+        self._quiescing = quiescing.Quiescing(self._node.agents, self._node.name)
         self._node.ensure()
         self.images = imagecache.Caches(self._node)
         self._source = source.Source(self._node, self.peer)
-        self.live = LiveMigrations(self._node, self.peer)
         self.snapshots = snapshot.Snapshots(self._node, self.demand_at_rest)
         self.clones = clone.Clones(self._node, self.snapshots, self.demand_at_rest)
         self._target = target.Target(self._node)
-        self._quiescing = quiescing.Quiescing(self._node.agents, self._node.name)
         self.saves = livesnapshot.Images(
             self._node, self.snapshots, self.images, self.demand_at_rest
         )
