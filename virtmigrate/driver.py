@@ -79,11 +79,13 @@ class VirtMigrateDriver(
         self._node = node.Node(self._conf)
         # What cleanup_host closes, also when this fails.
         self._peers = peers.Peers(self._node)
-        self.live = LiveMigrations(self._node, self.peer)
+        self.live = LiveMigrations(
+            self._node, self.peer, lambda uuid: self._source.demand_none(uuid)
+        )
         self._quiescing = quiescing.Quiescing(self._node.agents, self._node.name)
         self._node.ensure()
         self.images = imagecache.Caches(self._node)
-        self._source = source.Source(self._node, self.peer)
+        self._source = source.Source(self._node, self.peer, self.live.demand_none)
         self.snapshots = snapshot.Snapshots(self._node, self.demand_at_rest)
         self.clones = clone.Clones(self._node, self.snapshots, self.demand_at_rest)
         self._target = target.Target(self._node)
@@ -151,8 +153,10 @@ class VirtMigrateDriver(
     def _recover(self) -> list[str]:
         left = self.node.agents.recover()
         left += [*self.node.sweep(), *takeover.stop_lost(self.node)]
+        # First of what takes long: guests may stand still until this decides.
+        left += self.live.recover()
         left += [*self.images.tend(), *self.snapshots.finish()]
-        left += [*self.clones.finish(), *self.saves.recover(), *self.live.recover()]
+        left += [*self.clones.finish(), *self.saves.recover()]
         left += [*self._source.recover(), *self._target.recover()]
         # Last: a move that is put back may need what its guest wrote.
-        return [*left, *transient.settle(self.node, self._source.demand_none)]
+        return [*left, *transient.settle(self.node, self.demand_at_rest)]

@@ -143,13 +143,20 @@ class Domains:
             if autostart:
                 domain.setAutostart(1)
 
-    def undefine(self, uuid: str) -> None:
-        """Remove the configuration, keep NVRAM; nothing happens when it is gone."""
+    def undefine(self, uuid: str, *, saved: bool = False) -> None:
+        """Remove the configuration, keep NVRAM; nothing happens when it is gone.
+
+        Arguments:
+            saved: and the memory of a suspended guest. Without it libvirt refuses that.
+        """
+        flags = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+        if saved:
+            flags |= libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         with (
             contextlib.suppress(errors.InstanceNotFound),
             self._domain(uuid, "undefining it") as domain,
         ):
-            domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
+            domain.undefineFlags(flags)
 
     def start(self, uuid: str, *, paused: bool = False) -> None:
         """Start it; nothing happens when it runs."""

@@ -434,3 +434,11 @@ def test_debts_are_paid_from_time_to_time(world: World) -> None:
         world.a.driver.cleanup_host("alpha")
         world.a.overrides["settle_interval"] = 0.0
         world.a.new_driver()
+
+
+def test_a_suspended_instance_is_destroyed(world: World) -> None:
+    instance = world.spawn(world.a)
+    world.a.driver.suspend(None, instance)
+    world.a.driver.destroy(None, instance, None)
+    assert world.a.state_of(instance) is None
+    assert not list((world.a.path / "disks").iterdir())

@@ -121,7 +121,7 @@ def test_started_while_it_is_stopped(world: World) -> None:
         domains.start(uuid)
         undefine(uuid)
 
-    domains.undefine = late  # type: ignore[method-assign]
+    domains.undefine = late  # type: ignore[assignment, method-assign]
     with pytest.raises(errors.MigrationRolledBack, match="somebody started it"):
         world.migrate(made)
     assert world.a.state_of(made) == "running"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from oslo_log import log as logging
 
-from virtmigrate import errors, journal, model, node
+from virtmigrate import draining, errors, journal, model, node
 from virtmigrate import snapshot as snapshots
 from virtmigrate.clone.agents import Agents
 from virtmigrate.clone.course import Course
@@ -68,6 +68,7 @@ class Clones:
         what the snapshot of the source raises: there is no clone; and Cancelled: those
         that were ready stay.
         """
+        draining.demand_open(self._here.mailbox, self._here.name)
         course = self._course(progress)
         with self._claimed(new.uuid for new in wanted.new):
             self._demand_no_move(wanted.source)

@@ -144,7 +144,10 @@ class Course:
         try:
             self._progress.check()
             step()
-        except errors.Error as e:
+        except errors.Cancelled:
+            raise
+        except Exception as e:
+            # Of one guest: it keeps no other from being made.
             LOG.exception("clone=%s failed", uuid)
             self._failed[uuid] = e
             self.undo(uuid, twin.operation)

@@ -99,7 +99,7 @@ class Drains(base.Base):
         """Remove an instance that a rehearsal made."""
         with self.node.claimed(uuid):
             self.node.demand_settled(uuid)
-            self._source.demand_none(uuid)
+            self.demand_at_rest(uuid)
             self.node.domains.kill(uuid)
             self.node.domains.undefine(uuid)
             self.node.remove_instance(uuid)

@@ -82,7 +82,7 @@ class Instances(base.Base):
             self.demand_at_rest(uuid)
             lenders = self.clones.lenders(uuid)
             self.node.domains.kill(uuid)
-            self.node.domains.undefine(uuid)
+            self.node.domains.undefine(uuid, saved=True)
             if destroy_disks:
                 self.node.remove_instance(uuid)
         for lender in sorted(lenders):
@@ -152,7 +152,7 @@ class Instances(base.Base):
         Raises TransientRefused: nothing was changed.
         """
         transients.declare(
-            self.node, uuid, target, self._source.demand_none, transient=transient
+            self.node, uuid, target, self.demand_at_rest, transient=transient
         )
 
     def pause(self, instance: Any, **_: object) -> None:

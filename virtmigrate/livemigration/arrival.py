@@ -5,20 +5,22 @@ A transfer's record lies where peers can write. What this host waits for it know
 a journal of its own; nothing is done for a transfer that it did not note there.
 """
 
+import contextlib
 import time
+import uuid as uuids
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import domainxml, errors, model, node, record
-from virtmigrate.instance import Power
+from virtmigrate import errors, model, node, record
 from virtmigrate.journal import Journal
-from virtmigrate.livemigration import notes
+from virtmigrate.livemigration import coming, notes
 from virtmigrate.livemigration.domains import Copy, Domains
-from virtmigrate.migration import facts, trees
-from virtmigrate.migration.scrutiny import Scrutiny
-from virtmigrate.model import InstanceState, Proof, TransferState, VolumeState
+from virtmigrate.migration import facts
+from virtmigrate.migration.scrutiny import Scrutiny, is_uuid
+from virtmigrate.model import InstanceState, TransferState
 
 LOG = logging.getLogger(__name__)
 
@@ -45,25 +47,33 @@ class Arrivals:
     def expect(self, transfer: model.Transfer) -> None:
         """Wait for an instance: note that, make its volumes, and say how it is to be.
 
-        Can be called again. Raises NotEntitled, StorageError: what was made goes when
-        the source withdraws.
+        Can be called again. From here on only what this host noted is believed. Raises
+        NotEntitled, RecordBroken, StorageError: what was made goes when the source
+        withdraws.
         """
         self._demand_allowed(transfer)
         with self._here.claimed(transfer.instance):
             stored = self._here.mailbox.transfers.read(transfer.operation)
+            if stored.body.instance != transfer.instance:
+                raise self._not_ours(transfer, "it is of another instance by now")
             if stored.body.state is not TransferState.RESERVED:
                 raise self._not_ours(stored.body, f"it is {stored.body.state.value}")
+            if stored.body.live is None or stored.body.record is None:
+                raise self._not_ours(stored.body, "it is no live move")
+            journal = self._journal(stored.name)
+            if journal is not None and self._is_expected(journal, stored.body):
+                return
             Scrutiny(self._here, stored).demand()
-            _Arrival(self._here, stored, self._note(stored)).expect()
+            coming.Coming(self._here, stored, journal or self._note(stored)).expect()
 
     def arrive(self, transfer: model.Transfer) -> None:
         """Make what came one of this host's instances; raises NotEntitled."""
-        with self._here.claimed(transfer.instance):
+        with self._claimed(transfer):
             self._arrive(self._here.mailbox.transfers.read(transfer.operation))
 
     def call_off(self, transfer: model.Transfer) -> None:
         """Remove what was made for an instance that does not come; NotEntitled."""
-        with self._here.claimed(transfer.instance):
+        with self._claimed(transfer):
             stored = self._here.mailbox.transfers.read(transfer.operation)
             if stored.body.state is not TransferState.WITHDRAWN:
                 raise self._not_ours(stored.body, f"it is {stored.body.state.value}")
@@ -92,10 +102,21 @@ class Arrivals:
 
     # Private
 
+    @contextlib.contextmanager
+    def _claimed(self, transfer: model.Transfer) -> Iterator[None]:
+        """Claim the instance that this host noted, whatever the transfer says."""
+        journal = self._journal(transfer.operation)
+        if journal is None:
+            raise self._not_ours(transfer, "it was not awaited, or is over")
+        with self._here.claimed(facts.transfer(journal).instance):
+            yield
+
     def _consent(self, uuid: str) -> Path:
-        return self._here.journals.parent / "awaited" / uuid
+        return self._here.journals.parent / "awaited" / str(uuids.UUID(uuid))
 
     def _demand_allowed(self, transfer: model.Transfer) -> None:
+        if not is_uuid(transfer.instance):
+            raise self._not_ours(transfer, "that is no UUID of an instance")
         is_allowed = self._here.options.accept_moves
         if not is_allowed and not self._consent(transfer.instance).exists():
             raise self._not_ours(
@@ -128,12 +149,34 @@ class Arrivals:
         return None
 
     def _note(self, stored: Stored) -> Journal:
-        found = self._journal(stored.name)
-        if found is not None:
-            return found
+        self._end_older(stored.body)
         self._demand_free(stored.body)
-        wanted = _wanted(stored.body)
+        wanted = coming.wanted_of(stored.body)
         return notes.begin(self._here.journals, notes.ARRIVAL, stored.body, wanted, {})
+
+    def _is_expected(self, journal: Journal, transfer: model.Transfer) -> bool:
+        """Tell whether all was made for a transfer; NotEntitled if that changed."""
+        if journal.has("expected") and _same(_expected(journal), transfer):
+            return True
+        if not _same(facts.transfer(journal), transfer):
+            raise self._not_ours(transfer, "it was changed since this host noted it")
+        return False
+
+    def _end_older(self, transfer: model.Transfer) -> None:
+        """Clean up after earlier moves of an instance to here; NotEntitled for one that
+        is not over: what comes now must not be taken for what that brought."""
+        for each in list(notes.journals(self._here.journals, notes.ARRIVAL)):
+            if facts.transfer(each).instance != transfer.instance:
+                continue
+            stored = self._here.mailbox.transfers.find(each.operation)
+            if stored is None:
+                self._forgotten(each)
+            elif stored.body.state is TransferState.WITHDRAWN:
+                self._call_off(stored)
+            else:
+                raise self._not_ours(
+                    transfer, f"its move {each.operation} to here is not over"
+                )
 
     def _demand_free(self, transfer: model.Transfer) -> None:
         own = self._here.own_record(transfer.instance)
@@ -167,8 +210,9 @@ class Arrivals:
 
     def _waits(self, stored: Stored) -> str:
         """Give up a transfer whose source is silent, unless its guest is here."""
-        uuid = stored.body.instance
-        if Domains(self._here.host).copy(uuid) is not Copy.NONE:
+        journal = self._journal(stored.name)
+        uuid = facts.transfer(journal).instance if journal else ""
+        if uuid and Domains(self._here.host).copy(uuid) is not Copy.NONE:
             return (
                 f"instance {uuid} stands paused here until {stored.body.source} says "
                 "whose it is"
@@ -190,179 +234,50 @@ class Arrivals:
             raise self._not_ours(
                 stored.body, f"it is {stored.body.state.value}, or was not awaited"
             )
-        if not _Arrival(self._here, stored, journal).arrive():
+        if not journal.has("expected") or not _same(_expected(journal), stored.body):
+            raise self._not_ours(stored.body, "it is not what this host waits for")
+        ours = record.Stored(stored.name, stored.generation, _expected(journal))
+        if not coming.Coming(self._here, ours, journal).arrive():
             # Its source keeps what it has until then.
             raise self._not_ours(
                 stored.body, "it goes on here, and its volumes are not durable yet"
             )
         self._publish(stored, TransferState.SETTLED)
         journal.close()
-        self.disallow(stored.body.instance)
+        self.disallow(ours.body.instance)
 
     def _call_off(self, stored: Stored) -> None:
         journal = self._journal(stored.name)
         if journal is not None:
-            _Arrival(self._here, stored, journal).remove()
+            if journal.has("taken"):
+                raise self._not_ours(stored.body, "it has arrived here")
+            self._remove(journal)
+            self.disallow(facts.transfer(journal).instance)
             journal.close()
-        self.disallow(stored.body.instance)
         self._here.mailbox.transfers.remove(stored.name)
 
     def _forgotten(self, journal: Journal) -> None:
         """The source removed the transfer: it was settled, or never came to be."""
         if not journal.has("taken"):
-            transfer = facts.transfer(journal)
-            stored = record.Stored(journal.operation, 0, transfer)
-            _Arrival(self._here, stored, journal).remove()
+            self._remove(journal)
         journal.close()
+
+    def _remove(self, journal: Journal) -> None:
+        stored = record.Stored(journal.operation, 0, facts.transfer(journal))
+        coming.Coming(self._here, stored, journal).remove()
 
 
 # Private
 
 
-class _Arrival:
-    """One instance that comes here."""
-
-    def __init__(self, here: node.Node, stored: Stored, journal: Journal) -> None:
-        self._here = here
-        self._stored = stored
-        self._transfer = stored.body
-        self._journal = journal
-        self._uuid = stored.body.instance
-        self._domains = Domains(here.host)
-
-    def expect(self) -> None:
-        self._demand_shared()
-        for volume in self._sent():
-            self._make(volume)
-        live, wanted = self._transfer.live, _wanted(self._transfer)
-        assert live is not None
-        body = msgspec.structs.replace(
-            self._transfer,
-            record=msgspec.structs.replace(
-                wanted, domain_xml=self._as_here(str(wanted.domain_xml), wanted)
-            ),
-            live=model.Live(xml=self._as_here(live.xml, wanted), ready=True),
-        )
-        transfers = self._here.mailbox.transfers
-        transfers.publish(self._stored.name, body, after=self._stored.generation)
-
-    def arrive(self) -> bool:
-        """Have it here; tell whether all that was sent is durable."""
-        self._journal.done("taken")
-        wanted = _wanted(self._transfer)
-        here = msgspec.structs.replace(
-            wanted,
-            snapshots=trees.as_here(wanted.snapshots),
-            host=self._here.name,
-            state=InstanceState.HERE,
-            peer=None,
-            domain_xml=None,
-        )
-        self._go_on(here, wanted)
-        if self._here.own_record(self._uuid) != here:
-            self._here.publish_instance(here)
-        self._start(here, wanted)
-        return all([self._prove(volume) for volume in self._sent()])  # noqa: C419
-
-    def remove(self) -> None:
-        self._domains.kill(self._uuid)
-        self._domains.undefine(self._uuid)
-        for volume in self._sent():
-            backend = self._here.backend(volume.backend)
-            found = backend.volumes.find(volume.name)
-            if found is None or found.body.operation == self._transfer.operation:
-                backend.remove(volume.name)
-                backend.incoming.delete(volume.name)
-
-    # Private
-
-    def _sent(self) -> list[model.TransferVolume]:
-        return [each for each in self._transfer.volumes if not each.shared]
-
-    def _demand_shared(self) -> None:
-        """Refuse a disk that both see, and that is not the instance's."""
-        for volume in self._transfer.volumes:
-            if volume.shared:
-                backend = self._here.backend(volume.backend)
-                found = backend.volumes.read(volume.name).body
-                if found.owner != self._uuid:
-                    raise errors.NotEntitled(
-                        host=self._here.name,
-                        instance=self._uuid,
-                        reason=f"volume {volume.name} is of {found.owner}",
-                    )
-
-    def _make(self, volume: model.TransferVolume) -> None:
-        """Make a volume that libvirt fills, where it is to stay."""
-        backend = self._here.backend(volume.backend)
-        if backend.volumes.find(volume.name) is not None:
-            backend.remove(volume.name)
-        pool = backend.incoming
-        made = model.Volume(
-            name=volume.name,
-            pool=pool.name,
-            path=pool.volume_path(volume.name),
-            format=volume.format,
-            role=volume.role,
-            size=volume.size,
-            state=VolumeState.INCOMPLETE,
-            owner=self._uuid,
-            operation=self._transfer.operation,
-            origin=self._transfer.source,
-            proof=Proof.NONE,
-        )
-        backend.allocate(made)
-        name, path = backend.accept(volume.name)
-        backend.update(msgspec.structs.replace(made, pool=name, path=path))
-
-    def _as_here(self, text: str, wanted: model.Instance) -> str:
-        xml = domainxml.with_emulator(text, None)
-        refs = {
-            ref.target: self._here.backend(ref.backend).layers(ref.volume)
-            for ref in wanted.disks
-        }
-        return domainxml.with_disks(xml, refs)
-
-    def _go_on(self, here: model.Instance, wanted: model.Instance) -> None:
-        """Let a guest that came go on, before all that can wait."""
-        whole = self._domains.copy(self._uuid) is Copy.WHOLE
-        runs = wanted.power == Power.RUNNING.value
-        if whole and runs and not self._journal.has("started"):
-            self._domains.go_on(self._uuid)
-
-    def _start(self, here: model.Instance, wanted: model.Instance) -> None:
-        """Have its domain and its tenure; start it anew if its memory is lost."""
-        autostart = wanted.autostart and not self._here.tenures.concern(here)
-        if not self._domains.is_defined(self._uuid):
-            self._here.domains.define(str(wanted.domain_xml), autostart=autostart)
-        if self._journal.has("started"):
-            return
-        is_off = self._domains.is_off(self._uuid)
-        if is_off:
-            LOG.error("instance=%s its memory is lost: started anew", self._uuid)
-            self._here.start(self._uuid)
-        else:
-            with self._here.starting(self._uuid):
-                pass
-        self._journal.done("started")
-
-    def _prove(self, volume: model.TransferVolume) -> bool:
-        """Say that a volume is usable: libvirt said that it was filled; tell whether it
-        is durable. StorageError: its source keeps what it has."""
-        backend = self._here.backend(volume.backend)
-        found = backend.volumes.read(volume.name).body
-        if found.durable:
-            return True
-        durable = backend.persist(found.pool, found.name)
-        backend.update(
-            msgspec.structs.replace(found, state=VolumeState.USABLE, durable=durable)
-        )
-        return durable
+def _expected(journal: Journal) -> model.Transfer:
+    """Return a transfer as this host wrote it when all was made for it."""
+    text = str(facts.facts(journal, "expected")["transfer"])
+    return msgspec.json.decode(text, type=model.Transfer)
 
 
-def _wanted(transfer: model.Transfer) -> model.Instance:
-    if transfer.record is None:
-        raise errors.NotEntitled(
-            host=transfer.peer, instance=transfer.instance, reason="it has no record"
-        )
-    return transfer.record
+def _same(noted: model.Transfer, found: model.Transfer) -> bool:
+    """Tell whether a transfer is the one that was noted, however far it is."""
+    return noted == msgspec.structs.replace(
+        found, state=noted.state, created=noted.created
+    )

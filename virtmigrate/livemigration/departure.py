@@ -6,7 +6,8 @@ import time
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node, record
+from virtmigrate import errors, lending, model, node, record
+from virtmigrate.backends import base
 from virtmigrate.host import Host
 from virtmigrate.instance import Power
 from virtmigrate.journal import Journal
@@ -133,13 +134,13 @@ class Departure:
     def finish(self) -> str:
         """Let the peer settle, then remove what is left here; return what is owed."""
         try:
-            owed = self._settle()
+            if owed := self._settle():
+                return f"{self._transfer.peer} has it, and has not settled: {owed}"
+            self._remove_ours()
+            self._there.forget(self.journal.operation)
         except errors.Error as e:
-            owed = str(e)
-        if owed:
-            return f"{self._transfer.peer} has it, and has not settled: {owed}"
-        self._remove_ours()
-        self._there.forget(self.journal.operation)
+            # It runs there: what is left here is a debt, and no failed move.
+            return str(e)
         self.journal.close()
         LOG.info(
             "operation=%s instance=%s is on %s",
@@ -173,23 +174,35 @@ class Departure:
             stored = self._there.transfer(operation)
         if stored is None:
             # Only this host removes it, after it was settled.
-            return ""
-        settled = stored.body.state is TransferState.SETTLED
-        return "" if settled else f"the transfer is {stored.body.state.value}"
+            settled = self.journal.has("settled")
+            return "" if settled else "its transfer is gone there; what is here stays"
+        if stored.body.state is not TransferState.SETTLED:
+            return f"the transfer is {stored.body.state.value}"
+        self.journal.done("settled")
+        return ""
 
     def _remove_ours(self) -> None:
+        # One that libvirt started with the host is not the one that goes on there.
+        self._here.domains.kill(self._uuid)
         self._here.domains.undefine(self._uuid)
         backends = set()
         for volume in self._transfer.volumes:
             if not volume.shared:
                 backend = facts.source_of(self._here, self._original, volume)
                 backends.add(backend.name)
-                for each in self._left(backend.name, volume.source):
-                    backend.remove(each)
+                self._remove_from(backend, volume.source)
         self._here.tenures.drop(self._uuid, backends)
         own = self._here.own_record(self._uuid)
         if own is not None and own.operation == self.journal.operation:
             self._here.instances.remove(self._uuid)
+
+    def _remove_from(self, backend: base.Backend, top: str) -> None:
+        """Remove what is left of a disk; what others stand on is theirs from now on."""
+        timeout = self._here.options.lock_timeout
+        with lending.settled(backend, self._uuid, timeout) as kept:
+            for each in self._left(backend.name, top):
+                if each not in kept:
+                    backend.remove(each)
 
     def _left(self, backend: str, top: str) -> list[str]:
         """Return what this instance has still here of a disk, the lowest first."""

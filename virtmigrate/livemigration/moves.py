@@ -37,11 +37,18 @@ class LiveMigrations:
 
     Arguments:
         connect: makes the Peer of a `dest`.
+        demand_no_move: raises InvalidState while a cold move of an instance is open.
     """
 
-    def __init__(self, here: node.Node, connect: Callable[[str], Peer]) -> None:
+    def __init__(
+        self,
+        here: node.Node,
+        connect: Callable[[str], Peer],
+        demand_no_move: Callable[[str], None],
+    ) -> None:
         self._here = here
         self._connect = connect
+        self._demand_no_move = demand_no_move
         self._domains = Domains(here.host)
         self._hosts: dict[str, Host] = {}
         self._lock = threading.Lock()
@@ -73,6 +80,7 @@ class LiveMigrations:
         with self._here.claimed(uuid):
             if ended := self._end_old(uuid, dest, began):
                 return ended
+            self._demand_at_rest(uuid)
             progress.phase("waiting for other moves")
             try:
                 with self._here.sending(progress), self._noted(uuid, progress):
@@ -102,6 +110,7 @@ class LiveMigrations:
         progress = progress or Progress()
         with self._here.claimed(uuid):
             self._end_old(uuid, dest, time.monotonic())
+            self._demand_at_rest(uuid)
             planned = self._plan(uuid, dest, Options())
             departure = self._begin(planned, progress)
             try:
@@ -203,6 +212,13 @@ class LiveMigrations:
                 reason="no live move of it goes on in this process",
             )
         return found[0]
+
+    def _demand_at_rest(self, uuid: str) -> None:
+        """Refuse what a cold move may bring back, or has not finished bringing."""
+        try:
+            self._demand_no_move(uuid)
+        except errors.InvalidState as e:
+            raise errors.MigrationRefused(instance=uuid, reason=str(e)) from e
 
     def _find(self, uuid: str) -> Journal | None:
         for journal in notes.journals(self._here.journals, notes.DEPARTURE):

@@ -9,12 +9,14 @@ At the source:
     migrating   libvirt may be at it
     giving      the source's QEMU is gone for good; the right may be given up
     given       it is: the transfer says TAKEN
+    settled     so does the peer: its volumes are durable
     taken back  the right is here again: the transfer says WITHDRAWN
     restored    the instance is what it was here; what is left is owed at the peer
 
 At the peer:
 
     begun       it waits for this operation
+    expected    its volumes are made, and the transfer says how it is to be here
     taken       it has the right
     started     the guest was let go on, or started anew
 """

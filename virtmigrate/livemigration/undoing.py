@@ -100,9 +100,10 @@ class Undoing:
     def _decide(self) -> bool:
         """Its QEMU is gone from here: the transfer decides; False if for the peer."""
         if not self._journal.has("taken back"):
-            # Nobody else may define it while that is open.
-            self._domains.undefine(self._uuid)
             self._journal.done("giving")
+            # Nobody else may define it while that is open, or start it.
+            self._domains.kill(self._uuid)
+            self._domains.undefine(self._uuid)
             if self._is_given():
                 return False
             self._journal.done("taken back")
@@ -127,7 +128,7 @@ class Undoing:
                 return False
             except errors.RecordConflict:
                 LOG.info("operation=%s the peer was first", self._journal.operation)
-            except (errors.HostError, errors.RecordMissing) as e:
+            except (errors.HostError, errors.StorageError) as e:
                 raise self._undecided(str(e)) from e
         raise self._undecided("its record is changed all the time")
 

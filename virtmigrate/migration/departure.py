@@ -4,7 +4,7 @@
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, model, node, record
+from virtmigrate import errors, lending, model, node, record
 from virtmigrate.backends import base
 from virtmigrate.instance import Power
 from virtmigrate.journal import Journal
@@ -263,17 +263,14 @@ class Departure:
         instance only."""
         facts.drop_memory(self._here, self.journal)
         self._here.scratch.drop(self._original.uuid)
-        roots = facts.roots(self.journal)
+        timeout = self._here.options.lock_timeout
         for sent in self._transfer.volumes:
             backend = self._backend(sent)
             if sent.kept:
                 backend.drop_state(sent.source, self.journal.operation)
-            left = self._left(backend, sent)
-            if any(facts.is_converted(sent, volume) for volume in left):
-                for volume in left:
-                    backend.remove(volume.name)
-            elif left:
-                self._remove_or_retire(backend, left[0], roots.get(sent.name))
+            # What it inherited while it moved, others stand on: that is theirs.
+            with lending.settled(backend, self._original.uuid, timeout) as lent:
+                self._remove_sent(backend, sent, lent)
         self._let_go()
         stored = self._here.instances.find(self._original.uuid)
         if (
@@ -283,6 +280,17 @@ class Departure:
             and (stored.body.host == self._here.name)
         ):
             self._here.instances.remove(self._original.uuid)
+
+    def _remove_sent(
+        self, backend: base.Backend, sent: model.TransferVolume, lent: set[str]
+    ) -> None:
+        left = [each for each in self._left(backend, sent) if each.name not in lent]
+        if any(facts.is_converted(sent, volume) for volume in left):
+            for volume in left:
+                backend.remove(volume.name)
+        elif left:
+            root = facts.roots(self.journal).get(sent.name)
+            self._remove_or_retire(backend, left[0], root)
 
     def _let_go(self) -> None:
         """Give up what says that this host may run it; not where it still is."""

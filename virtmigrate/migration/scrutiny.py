@@ -5,6 +5,8 @@ A peer wrote it: it is held to its own operation's volumes, and to what is the
 instance's own on storage that both hosts see.
 """
 
+import uuid as uuids
+
 from virtmigrate import (
     domainxml,
     errors,
@@ -32,6 +34,8 @@ class Scrutiny:
 
     def demand(self) -> None:
         """Refuse a record that names what is not its own: a peer wrote it."""
+        if not is_uuid(self._transfer.instance):
+            raise self.refusal(f"{self._transfer.instance!r} is no UUID")
         ending = f".{self._transfer.operation}"
         sent = {None, *(volume.name for volume in self._transfer.volumes)}
         for volume in self._transfer.volumes:
@@ -152,3 +156,11 @@ class Scrutiny:
             volume.owner == self._transfer.instance
             and volume.role is not model.Role.IMAGE
         )
+
+
+def is_uuid(text: str) -> bool:
+    """Tell whether a text is a UUID in its usual form."""
+    try:
+        return str(uuids.UUID(text)) == text
+    except ValueError:
+        return False

@@ -51,11 +51,18 @@ class Source:
     Arguments:
         here: this host.
         connect: makes the Peer of a `dest`.
+        demand_no_move: raises InvalidState while a live move of an instance is open.
     """
 
-    def __init__(self, here: node.Node, connect: Callable[[str], Peer]) -> None:
+    def __init__(
+        self,
+        here: node.Node,
+        connect: Callable[[str], Peer],
+        demand_no_move: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._here = here
         self._connect = connect
+        self._demand_no_move = demand_no_move
 
     def migrate(self, request: plan.Request, progress: Progress) -> str:
         """Move the instance to request.dest and return the ticket.
@@ -75,6 +82,7 @@ class Source:
                     return self._again(journal, request)
                 else:
                     self._undo(journal, park=True)
+            self._demand_no_live(request.instance)
             progress.phase("waiting for other moves")
             try:
                 with self._here.sending(progress):
@@ -83,6 +91,12 @@ class Source:
                 raise errors.MigrationRefused(
                     instance=request.instance, reason=str(e)
                 ) from e
+
+    def _demand_no_live(self, uuid: str) -> None:
+        try:
+            self._demand_no_move(uuid)
+        except errors.InvalidState as e:
+            raise errors.MigrationRefused(instance=uuid, reason=str(e)) from e
 
     def confirm(self, uuid: str, *, accept_unproven: bool = False) -> None:
         """Give the source's volumes up for good; nothing happens without a move.

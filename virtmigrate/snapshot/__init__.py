@@ -336,8 +336,8 @@ class Snapshots:
     def _demand_unread(self, work: Work, gone: tuple[Snapshot, ...]) -> None:
         """Refuse to merge layers that somebody may be reading."""
         read = snapshottree.images(work.found.snapshots)
-        # Who deletes one of these knows what is read.
-        if read and gone and not any(each in read for each in gone):
+        # Who deletes only these made them, or knows what is read.
+        if read and gone and not all(each in read for each in gone):
             names = ", ".join(each.name for each in read)
             raise work.refused(
                 "deleting", f"an image is being made of it ({names}): wait for that"

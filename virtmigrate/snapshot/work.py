@@ -145,6 +145,8 @@ class Work:
         self.here.demand_settled(self.uuid)
         self._demand_no_move(self.uuid)
         found = self.found
+        if found.cloned and found.cloned.state is model.CloneState.MAKING:
+            raise self.refused(doing, "it is a clone that is still being made")
         if found.change is not None:
             raise self.refused(
                 doing,
