@@ -12,13 +12,20 @@ from tests.functional import cloneworld
 from tests.functional.cloneworld import MAC, RISK, Fake, dummy, new
 from tests.functional.conftest import World
 from tests.functional.guestdisk import byte, write
-from virtmigrate import consistency, domainstate, errors, instance, journal
+from virtmigrate import (
+    consistency,
+    domainstate,
+    errors,
+    instance,
+    journal,
+    storagepool,
+)
 from virtmigrate.backends import making
 from virtmigrate.clone import apart, memory
 from virtmigrate.model import CloneState
 from virtmigrate.progress import Progress
 from virtmigrate.snapshot import Kind, Memory, Return, Wanted
-from virtmigrate.units import KiB, MiB
+from virtmigrate.units import GiB, KiB, MiB
 
 
 @pytest.fixture
@@ -255,7 +262,9 @@ def test_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(errors.CloneRefused, match="its memory needs"):
             clone(world, source, new(2))
         # It looked as if there were room.
+        roomy = storagepool.Room(capacity=GiB, free=GiB)
         monkeypatch.setattr(world.a.driver.node.files, "room", lambda: 256 * MiB)
+        monkeypatch.setattr(world.a.driver.node, "room", lambda _: roomy)
         freeze = domainstate.States.freeze
 
         def filled(*args: Any) -> None:
@@ -267,7 +276,7 @@ def test_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
                 filler.unlink()
 
         monkeypatch.setattr(domainstate.States, "freeze", filled)
-        with pytest.raises(errors.LibvirtFailed):
+        with pytest.raises(errors.SnapshotFailed):
             clone(world, source, new(2))
         monkeypatch.undo()
         expect_as_before(world, source, before)

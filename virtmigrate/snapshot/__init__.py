@@ -207,8 +207,12 @@ class Snapshots:
                 self._tend(name)
             except errors.InstanceBusy:
                 continue
-            except (errors.SnapshotRefused, errors.InvalidState) as e:
-                # It waits until its guest, or its move, is such that it can be done.
+            except (
+                errors.SnapshotRefused,
+                errors.InvalidState,
+                errors.StorageDown,
+            ) as e:
+                # It waits until its guest, its move or its storage lets it be done.
                 self._tell(str(e))
             except Exception as e:
                 LOG.exception("instance=%s its chains", name)
