@@ -252,7 +252,7 @@ def test_list_waits_for_nobody(world: World, command: Command) -> None:
     with world.a.driver.node.claimed(instance.uuid):
         seconds = time.monotonic()
         assert len(command.json("instance", "list")) == 1
-        assert time.monotonic() - seconds < 10
+        assert time.monotonic() - seconds < 25
 
 
 def test_settle_beside_a_move_leaves_it_alone(world: World, command: Command) -> None:

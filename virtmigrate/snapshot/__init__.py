@@ -205,7 +205,8 @@ class Snapshots:
         for name in self._here.instances.names():
             try:
                 self._tend(name)
-            except errors.InstanceBusy:
+            except (errors.InstanceBusy, errors.NotEntitled):
+                # Another operation has it, or by now another host.
                 continue
             except (
                 errors.SnapshotRefused,
