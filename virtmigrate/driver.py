@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The face that a compute service imports: it checks, delegates and maps.
 
-Method names and signatures are OpenStack Nova's (nova.virt.driver.ComputeDriver),
-and nothing of Nova is needed: objects are read by their attributes, additional
-keyword arguments are tolerated, because Nova's signatures drift.
+What is the host's is here; face/ has the rest, and says whose signatures these are.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ A code decides wherever it can. libvirt has one code for several causes in TLS
 and for a busy pool; there the text decides, as libvirt 9.0 to 11.3 have it.
 """
 
+import collections
 import errno
 import re
 import threading
@@ -57,33 +58,36 @@ class Doing:
     volume: str | None = None
 
 
-class _Newest(threading.local):
-    error: tuple[Any, ...] | None = None
-    """What libvirt said last in this thread, as libvirtError.err has it."""
+class _Heard(threading.local):
+    """What libvirt said in one thread, as libvirtError.err has it."""
+
+    def __init__(self) -> None:
+        self.errors: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=32)
 
 
-_newest = _Newest()
+_heard = _Heard()
 
 
 def keep(_: object, error: tuple[Any, ...]) -> None:
-    """Keep the newest error of this thread; libvirt calls this for each one.
+    """Keep what a failed call of this thread says; libvirt calls this for each one.
 
-    The binding reads it after the call that failed. A libvirt object that the
-    garbage collector frees in between clears it there, and the exception that is
-    raised then knows nothing.
+    The binding reads it only when it makes the exception. A libvirt object that the
+    garbage collector frees in between clears it there, or, when its connection is
+    broken, puts an error of its own in its place: the exception that is raised then
+    knows nothing, or tells of something else. No failed call ever said the latter.
     """
-    _newest.error = tuple(error)
+    _heard.errors.append(tuple(error))
 
 
 def forget() -> None:
     """Forget what libvirt said in this thread until now."""
-    _newest.error = None
+    _heard.errors.clear()
 
 
 def restore(error: libvirt.libvirtError) -> libvirt.libvirtError:
-    """Give an exception that knows nothing what libvirt said."""
-    if error.err is None or error.err[0] == libvirt.VIR_ERR_OK:
-        error.err = _newest.error
+    """Give an exception that was made with no call's error that of the newest call."""
+    if _heard.errors and error.err not in _heard.errors:
+        error.err = _heard.errors[-1]
     return error
 
 

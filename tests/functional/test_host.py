@@ -5,12 +5,14 @@ Run inside a sandbox: python -m sandbox exec NAME -- pytest ...
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -549,3 +551,48 @@ def test_fork_leaves_parents_connection(plain: sandbox.Host) -> None:
         argv = [sys.executable, "-c", program, plain.uri]
         subprocess.run(argv, check=True, timeout=20)
         pool.destroy()
+
+
+class _Garbage:
+    """An object of a connection that broke, for the garbage collector to find."""
+
+    def __init__(self, of: sandbox.Host) -> None:
+        self.me = self
+        with host.Host(of.uri) as opened, opened.session("listing") as session:
+            self.pool = session.conn.storagePoolDefineXML(POOL, 0)
+            session.opened.cut()
+
+
+POOL = (
+    "<pool type='dir'><name>litter</name><target><path>/var/tmp</path></target></pool>"
+)
+
+
+def test_an_error_is_that_of_its_call(plain: sandbox.Host) -> None:
+    """Not that of an object which the collector frees before it is raised."""
+
+    def collect(frame: types.FrameType, event: str, called: object) -> None:
+        if event == "c_return" and getattr(called, "__name__", "") == CALLED:
+            sys.setprofile(None)
+            assert gc.collect()
+
+    with host.Host(plain.local_uri) as opened:
+        with opened.session("connecting"):
+            pass
+        gc.disable()
+        try:
+            _Garbage(plain)
+            with (
+                pytest.raises(errors.InstanceNotFound),
+                opened.session("looking", instance="nobody") as session,
+            ):
+                sys.setprofile(collect)
+                session.conn.lookupByName("nobody")
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+            with opened.session("cleaning up") as session:
+                session.conn.storagePoolLookupByName("litter").undefine()
+
+
+CALLED = "virDomainLookupByName"

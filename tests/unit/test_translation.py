@@ -3,6 +3,7 @@
 
 import dataclasses
 import errno
+from collections.abc import Iterator
 
 import libvirt
 import pytest
@@ -12,6 +13,14 @@ from virtmigrate import errors, translation
 RPC = libvirt.VIR_FROM_RPC
 STORAGE = libvirt.VIR_FROM_STORAGE
 ASKING = translation.Doing(host="alpha", doing="asking", seconds=3.0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_heard() -> Iterator[None]:
+    """Nothing that another test heard in this thread, and nothing for the next."""
+    translation.forget()
+    yield
+    translation.forget()
 
 
 def failure(code: int, domain: int, text: str, int1: int = -1) -> libvirt.libvirtError:
@@ -193,7 +202,7 @@ def test_no_details(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libvirt.libvirtmod, "virGetLastError", lambda: None)
     error = libvirt.libvirtError("openAuth failed")
     error.err = None
-    monkeypatch.setattr(translation._newest, "error", None)
+    translation.forget()
     assert "openAuth failed" in str(translated(error))
     assert isinstance(translated(error, lost=True), errors.HostUnreachable)
 
@@ -201,7 +210,7 @@ def test_no_details(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_details_that_the_binding_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libvirt.libvirtmod, "virGetLastError", lambda: None)
     kept = (libvirt.VIR_ERR_NO_STORAGE_VOL, 18, "no volume 'x'", 2, *[None] * 3, -1, -1)
-    monkeypatch.setattr(translation._newest, "error", kept)
+    translation.keep(None, kept)
     error = libvirt.libvirtError("lookup failed")
     assert error.err is None
     assert isinstance(translated(error), errors.VolumeNotFound)
@@ -215,7 +224,14 @@ def test_full_disk(number: int) -> None:
     assert isinstance(translated(error), errors.DiskFull)
 
 
-@pytest.mark.parametrize("lost", [None, (0, 0, None, 0, None, None, None, 0, 0)])
+NO_CALL_SAID = [
+    None,
+    (0, 0, None, 0, None, None, None, 0, 0),
+    (libvirt.VIR_ERR_SYSTEM_ERROR, RPC, "Cannot write data", 2, *[None] * 3, 5, -1),
+]
+
+
+@pytest.mark.parametrize("lost", NO_CALL_SAID)
 def test_an_exception_that_knows_nothing(lost: tuple[object, ...] | None) -> None:
     """What libvirt said last in this thread is what it is about."""
     real = failure(libvirt.VIR_ERR_STORAGE_VOL_EXIST, libvirt.VIR_FROM_STORAGE, "vol")
@@ -223,4 +239,10 @@ def test_an_exception_that_knows_nothing(lost: tuple[object, ...] | None) -> Non
     error = libvirt.libvirtError("lost")
     error.err = lost
     assert isinstance(translated(error), errors.VolumeExists)
-    translation.forget()
+
+
+def test_an_earlier_exception_is_not_the_newest() -> None:
+    earlier = failure(libvirt.VIR_ERR_STORAGE_VOL_EXIST, STORAGE, "vol")
+    translation.keep(None, earlier.err)
+    translation.keep(None, failure(libvirt.VIR_ERR_NO_STORAGE_VOL, STORAGE, "v").err)
+    assert isinstance(translated(earlier), errors.VolumeExists)
