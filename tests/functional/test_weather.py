@@ -34,6 +34,7 @@ from virtmigrate import (
     reading,
     storagepool,
     stream,
+    translation,
     writing,
 )
 from virtmigrate.known import Known
@@ -568,6 +569,7 @@ def refused(fault: Fault, call: Any, *args: Any) -> Any:
     error = libvirt.libvirtError("out of luck")
     code, domain = libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_FROM_STORAGE
     error.err = (code, domain, "out of luck", 2, None, None, None, -1, -1)
+    translation.keep(None, error.err)
     raise error
 
 

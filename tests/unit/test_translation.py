@@ -3,7 +3,6 @@
 
 import dataclasses
 import errno
-from collections.abc import Iterator
 
 import libvirt
 import pytest
@@ -13,14 +12,6 @@ from virtmigrate import errors, translation
 RPC = libvirt.VIR_FROM_RPC
 STORAGE = libvirt.VIR_FROM_STORAGE
 ASKING = translation.Doing(host="alpha", doing="asking", seconds=3.0)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_heard() -> Iterator[None]:
-    """Nothing that another test heard in this thread, and nothing for the next."""
-    translation.forget()
-    yield
-    translation.forget()
 
 
 def failure(code: int, domain: int, text: str, int1: int = -1) -> libvirt.libvirtError:
