@@ -21,7 +21,7 @@ from oslo_config import cfg
 
 from sandbox import Host, Machine, Sandbox
 from sandbox.ceph import Ceph
-from tests.functional import places
+from tests.functional import costs, places
 from virtmigrate import conf as options
 from virtmigrate import domainxml
 from virtmigrate.backends import layout
@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shard",
         default="1/1",
-        help="of the modules take the Nth of M parts, with about as many tests: N/M",
+        help="of the modules take the Nth of M parts, about as long: N/M",
     )
 
 
@@ -81,13 +81,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _write_costs(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how long the tests of each module took: where time can be saved."""
-    costs: collections.Counter[str] = collections.Counter()
+    spent: collections.Counter[str] = collections.Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 module = Path(report.location[0]).name
-                costs[module] += round(report.duration * 1000)
-    for module, cost in costs.most_common(20):
+                spent[module] += round(report.duration * 1000)
+    for module, cost in spent.most_common(50):
         terminalreporter.write_line(f"{cost / 1000:8.1f} s {module}")
 
 
@@ -113,12 +113,13 @@ def pytest_collection_modifyitems(
 def _shards(modules: list[str], count: int) -> list[set[str]]:
     """Divide modules, each as often in the list as it has tests, into even parts."""
     shards: list[set[str]] = [set() for _ in range(count)]
-    sizes = collections.Counter(modules)
+    tests = collections.Counter(modules)
+    seconds = {module: costs.SECONDS.get(module, tests[module]) for module in tests}
     loads = [0] * count
-    for module, size in sorted(sizes.items(), key=lambda each: (-each[1], each[0])):
+    for module in sorted(seconds, key=lambda each: (-seconds[each], each)):
         lightest = loads.index(min(loads))
         shards[lightest].add(module)
-        loads[lightest] += size
+        loads[lightest] += seconds[module]
     return shards
 
 
