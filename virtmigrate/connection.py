@@ -38,8 +38,8 @@ class Connection:
     def cut(self) -> None:
         """End it from outside; a call in progress fails.
 
-        What it asked for and the daemon did not get is never done, once the call
-        has returned and this is closed.
+        What it asked for and the daemon did not get is thrown away, once the call has
+        returned and this is closed: see sockets.cut().
         """
         self._is_cut = True
         for sock in self._held:

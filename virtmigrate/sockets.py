@@ -103,10 +103,11 @@ def cut_since(before: Snapshot, peer: Peer) -> bool:
 def cut(sock: socket.socket) -> None:
     """End a socket for everybody who holds it; a blocked call then fails.
 
-    What the peer did not get by the time that the last of them closes it, it never
-    gets. Else the kernel would bring it when the network is back, and a libvirtd
-    would do what was given up long ago, to a domain that has only its name in common
-    with the one that was meant.
+    When the last of them closes it, what the peer did not get is thrown away. Else
+    the kernel would bring it when the network is back, and a libvirtd would do what
+    was given up long ago, to a domain that has only its name in common with the one
+    that was meant. Packets that wait below TCP, for an address to be found, may still
+    arrive then: before anything that is said to that peer later.
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
