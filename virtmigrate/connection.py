@@ -36,7 +36,11 @@ class Connection:
         self._is_closed = False
 
     def cut(self) -> None:
-        """End it from outside; a call in progress fails."""
+        """End it from outside; a call in progress fails.
+
+        What it asked for and the daemon did not get is thrown away, once the call has
+        returned and this is closed: see sockets.cut().
+        """
         self._is_cut = True
         for sock in self._held:
             sockets.cut(sock)
@@ -63,8 +67,9 @@ class Connection:
             contextlib.suppress(libvirt.libvirtError),
         ):
             self.conn.close()
-        self.cut()
+        self._is_cut = True
         for sock in self._held:
+            sockets.hang_up(sock)
             sock.close()
         return not alarm.fired
 

@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ KEEPALIVE = {
 }
 
 _SYN_SENT = "02"
+_AT_ONCE = struct.pack("ii", 1, 0)
+"""A struct linger: closing throws away what was not sent, and resets."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def opened_since(before: Snapshot, peer: Peer) -> list[socket.socket]:
 
 
 def cut_since(before: Snapshot, peer: Peer) -> bool:
-    """Shut down new sockets to the peer, and those that still call it.
+    """Cut new sockets to the peer, and those that still call it.
 
     Returns whether one of them was connected.
     """
@@ -98,7 +101,21 @@ def cut_since(before: Snapshot, peer: Peer) -> bool:
 
 
 def cut(sock: socket.socket) -> None:
-    """End a socket for everybody who holds it; a blocked call then fails."""
+    """End a socket for everybody who holds it; a blocked call then fails.
+
+    When the last of them closes it, what the peer did not get is thrown away. Else
+    the kernel would bring it when the network is back, and a libvirtd would do what
+    was given up long ago, to a domain that has only its name in common with the one
+    that was meant. Packets that wait below TCP, for an address to be found, may still
+    arrive then: before anything that is said to that peer later.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+    hang_up(sock)
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End a socket for everybody who holds it; what was written still arrives."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 

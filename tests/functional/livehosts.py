@@ -14,6 +14,7 @@ import libvirt
 import pytest
 
 from sandbox import guest as guests
+from tests.functional import silence
 from tests.functional.conftest import Node, World
 
 _LOOK = 0.05
@@ -50,10 +51,13 @@ def numbers(node: Node, instance: Any) -> list[int]:
 
 
 def wait_for(node: Node, instance: Any, count: int, timeout: float = 90.0) -> None:
-    """Wait until a guest beat so often on a host."""
+    """Wait until a guest beat so often on a host; else tell what is to know of it."""
     deadline = time.monotonic() + timeout
     while len(numbers(node, instance)) < count:
-        assert time.monotonic() < deadline, f"no {count} beats on {node.host.name}"
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                f"no {count} beats on {node.host.name}: {silence.told(node, instance)}"
+            )
         time.sleep(0.2)
 
 

@@ -100,6 +100,11 @@ def name_of(opened: host.Host) -> str:
         return str(session.conn.getHostname())
 
 
+def pools(opened: host.Host) -> list[str]:
+    with opened.session("listing pools") as session:
+        return [str(pool.name()) for pool in session.conn.listAllStoragePools()]
+
+
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
     began = time.monotonic()
@@ -303,6 +308,26 @@ def test_cut_off_in_call(plain: sandbox.Host, reached: host.Host) -> None:
         name_of(reached)
     plain.link(up=True)
     assert name_of(reached) == "ht-plain"
+
+
+def test_what_was_asked_while_cut_off_is_not_done_later(
+    plain: sandbox.Host, sasl: sandbox.Host, reached: host.Host
+) -> None:
+    """The second host holds the bridge up: where nobody is on it the kernel looks for
+    the first one's address, and keeps its last packets meanwhile."""
+    path = f"<target><path>{plain.storage}</path></target>"
+    name_of(reached)
+    plain.link(up=False)
+    with pytest.raises(errors.HostTimeout), reached.session("creating") as session:
+        session.conn.storagePoolCreateXML(
+            f"<pool type='dir'><name>late</name>{path}</pool>"
+        )
+    plain.link(up=True)
+    # The kernel asks again within as long as it was silent.
+    deadline = time.monotonic() + 2 * DEADLINE + 1
+    while time.monotonic() < deadline:
+        assert "late" not in pools(reached)
+        time.sleep(0.2)
 
 
 def test_cut_off_in_opening(plain: sandbox.Host, reached: host.Host) -> None:
