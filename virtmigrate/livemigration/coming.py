@@ -147,9 +147,12 @@ class Coming:
         """Have its domain and its tenure; start it anew if its memory is lost."""
         autostart = wanted.autostart and not self._here.tenures.concern(here)
         if not self._domains.is_defined(self._uuid):
-            self._here.domains.define(str(wanted.domain_xml), autostart=autostart)
+            self._here.domains.define(str(wanted.domain_xml))
         if self._journal.has("started"):
             return
+        if autostart:
+            # libvirt leaves that behind.
+            self._here.domains.allow_autostart(self._uuid)
         is_off = self._domains.is_off(self._uuid)
         if is_off:
             LOG.error("instance=%s its memory is lost: started anew", self._uuid)

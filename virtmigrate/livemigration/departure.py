@@ -77,6 +77,8 @@ class Departure:
             peer=self._transfer.peer,
         )
         self._here.publish_instance(leaving)
+        # libvirt would start it with the host, and ask nobody.
+        self._here.domains.forbid_autostart(self._uuid)
         self._here.tenures.announce(self._original, self._transfer.peer)
 
     def send(self, steering: Steering) -> None:

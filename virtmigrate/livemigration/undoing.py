@@ -165,12 +165,17 @@ class Undoing:
                 self._original, domain_xml=None, operation=self._journal.operation
             )
             self._here.publish_instance(back)
+        autostart = self._original.autostart and not self._here.tenures.concern(
+            self._original
+        )
         if start and not self._here.domains.is_defined(self._uuid):
             self._here.domains.define(
-                str(self._original.domain_xml),
-                autostart=self._original.autostart
-                and not self._here.tenures.concern(self._original),
+                str(self._original.domain_xml), autostart=autostart
             )
+        elif autostart and self._journal.has("leaving"):
+            # It would have been started with the host, but for this move.
+            start = start or self._is_off_with_the_host()
+            self._here.domains.allow_autostart(self._uuid)
         if start:
             LOG.error(
                 "operation=%s instance=%s its memory is lost: started anew",
@@ -179,6 +184,11 @@ class Undoing:
             )
             self._here.start(self._uuid)
         self._journal.done("restored")
+
+    def _is_off_with_the_host(self) -> bool:
+        """Tell whether it is off because its host was."""
+        is_off = self._domains.is_off(self._uuid)
+        return is_off and not self._domains.ended_by_itself(self._uuid)
 
     def _withdraw_later(self) -> str:
         """Have the peer forget it; what fails stays owed."""
