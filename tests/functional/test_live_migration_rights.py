@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may start an instance that moves live: not libvirt, and no host that lost it."""
 
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.functional import livehosts
 from tests.functional.conftest import Node, World
-from virtmigrate import errors
+from virtmigrate import errors, model
 from virtmigrate.livemigration.departure import Departure
+from virtmigrate.tenure import Tenures
 
 
 @pytest.fixture
@@ -67,3 +70,94 @@ def test_libvirt_starts_it_where_it_came(world: World, autostarted: Any) -> None
     assert livehosts.settle(world) == []
     assert starts_with_the_host(world.b, autostarted)
     world.expect_one(autostarted, world.b)
+
+
+# Taken over by a third host, on an operator's word that was not true
+
+
+@pytest.fixture
+def shared(world: World) -> World:
+    for node in (world.a, world.b):
+        node.backend = {"kind": "shared_dir"}
+    world.share()
+    livehosts.accept(world, call_timeout=8.0, connect_timeout=3.0)
+    return world
+
+
+def tenure(world: World, instance: Any) -> model.Tenure:
+    found = world.a.driver.node.backends["local"].tenures.find(instance.uuid)
+    assert found is not None
+    return found.body
+
+
+def seize(world: World, instance: Any) -> None:
+    """Take it over on a third host."""
+    wanted = tenure(world, instance).record
+    third = Tenures(world.a.driver.node.backends, "gamma")
+    third.seize(msgspec.structs.replace(wanted, host="gamma"), is_down=True)
+
+
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, step: str, fault: Callable[[], object]
+) -> None:
+    """Have something done once, before a step of the source."""
+    real = getattr(Departure, step)
+
+    def call(self: Departure, *args: Any) -> Any:
+        monkeypatch.setattr(Departure, step, real)
+        fault()
+        return real(self, *args)
+
+    monkeypatch.setattr(Departure, step, call)
+
+
+def expect_lost(world: World, instance: Any) -> None:
+    """It runs on none of the hosts, and nothing of its move is left."""
+    assert livehosts.settle(world) == []
+    assert [node.state_of(instance) for node in (world.a, world.b)] == [None, None]
+    assert tenure(world, instance).host == "gamma"
+    assert not list((world.a.state / "journal").glob("*"))
+
+
+def test_what_was_taken_over_is_not_given(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance, b = shared.spawn(shared.a), shared.b
+    resumed: list[str | None] = []
+    meanwhile(monkeypatch, "give", lambda: seize(shared, instance))
+    meanwhile(monkeypatch, "resume", lambda: resumed.append(b.state_of(instance)))
+    with pytest.raises(errors.MigrationError, match="took it over"):
+        shared.a.driver.live.migrate(instance.uuid, b.host.name)
+    assert resumed == []
+    expect_lost(shared, instance)
+
+
+def test_what_was_taken_over_does_not_go_on_here(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = shared.spawn(shared.a)
+
+    def fail() -> None:
+        seize(shared, instance)
+        raise errors.HostError(host="beta", reason="as wished")
+
+    meanwhile(monkeypatch, "send", fail)
+    with pytest.raises(errors.MigrationError, match="took it over"):
+        shared.a.driver.live.migrate(instance.uuid, shared.b.host.name)
+    expect_lost(shared, instance)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["paused", "running"])
+def test_what_was_taken_over_does_not_go_on_there(
+    shared: World, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    """Whether its source has let it go on before, or not."""
+    instance, a, b = shared.spawn(shared.a), shared.a, shared.b
+    meanwhile(monkeypatch, "finish", lambda: seize(shared, instance))
+    if not goes_on:
+        monkeypatch.setattr(Departure, "resume", lambda self: None)
+    a.driver.live.migrate(instance.uuid, b.host.name)
+    (left,) = b.driver.live.recover()
+    assert "are gamma's" in left
+    assert b.state_of(instance) == "shutoff"
+    assert tenure(shared, instance).host == "gamma"

@@ -137,14 +137,24 @@ class Coming:
         return self._as_here(xml, wanted)
 
     def _go_on(self, here: model.Instance, wanted: model.Instance) -> None:
-        """Let a guest that came go on, before all that can wait."""
+        """Have its tenure, then let a guest that came go on, before all that can wait.
+
+        Raises HeldElsewhere: it is off.
+        """
         whole = self._domains.copy(self._uuid) is Copy.WHOLE
-        runs = wanted.power == Power.RUNNING.value
-        if whole and runs and not self._journal.has("started"):
-            self._domains.go_on(self._uuid)
+        if not whole or self._journal.has("started"):
+            return
+        try:
+            with self._here.tenures.starting(here, self._here.domains):
+                if wanted.power == Power.RUNNING.value:
+                    self._domains.go_on(self._uuid)
+        except errors.HeldElsewhere:
+            # Its source may have let it go on.
+            self._domains.kill(self._uuid)
+            raise
 
     def _start(self, here: model.Instance, wanted: model.Instance) -> None:
-        """Have its domain and its tenure; start it anew if its memory is lost."""
+        """Have its domain; start it anew if its memory is lost."""
         autostart = wanted.autostart and not self._here.tenures.concern(here)
         if not self._domains.is_defined(self._uuid):
             self._here.domains.define(str(wanted.domain_xml))
@@ -153,13 +163,9 @@ class Coming:
         if autostart:
             # libvirt leaves that behind.
             self._here.domains.allow_autostart(self._uuid)
-        is_off = self._domains.is_off(self._uuid)
-        if is_off:
+        if self._domains.is_off(self._uuid):
             LOG.error("instance=%s its memory is lost: started anew", self._uuid)
             self._here.start(self._uuid)
-        else:
-            with self._here.starting(self._uuid):
-                pass
         self._journal.done("started")
 
     def _prove(self, volume: model.TransferVolume) -> bool:

@@ -111,8 +111,11 @@ class Departure:
     def give(self) -> None:
         """Give the right up: the source's QEMU is gone, and its domain undefined.
 
-        Raises HostError, RecordConflict: the transfer decides who has it.
+        Raises HeldElsewhere: nothing was given. HostError, RecordConflict: the transfer
+        decides who has it.
         """
+        # What another host has taken over is not this one's to give.
+        self._here.tenures.demand(self._original)
         self.journal.done("giving")
         transfers = self._there.transfers
         # Nobody changes it but who ends the move: what was read before is tried first.
