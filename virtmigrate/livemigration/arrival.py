@@ -240,7 +240,9 @@ class Arrivals:
         if not coming.Coming(self._here, ours, journal).arrive():
             # Its source keeps what it has until then.
             raise self._not_ours(
-                stored.body, "it goes on here, and its volumes are not durable yet"
+                stored.body,
+                "it goes on here, and its volumes are not durable yet: this process "
+                f"cannot fsync them, the driver on {self._here.name} does",
             )
         self._publish(stored, TransferState.SETTLED)
         journal.close()

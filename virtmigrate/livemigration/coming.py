@@ -16,6 +16,11 @@ LOG = logging.getLogger(__name__)
 
 Stored = record.Stored[model.Transfer]
 
+_NOT_DURABLE = (
+    "the process that answers there cannot fsync {}: run it as a user who sees that "
+    "directory"
+)
+
 
 class Coming:
     """One instance that comes here."""
@@ -116,6 +121,11 @@ class Coming:
         backend.allocate(made)
         name, path = backend.accept(volume.name)
         backend.update(msgspec.structs.replace(made, pool=name, path=path))
+        if not backend.persist(name, volume.name):
+            # It would come, and its source keep its copy for ever.
+            raise errors.StorageError(
+                host=self._here.name, pool=name, reason=_NOT_DURABLE.format(path)
+            )
 
     def _as_here(self, text: str, wanted: model.Instance) -> str:
         xml = domainxml.with_emulator(text, None)
