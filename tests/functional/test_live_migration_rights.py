@@ -147,6 +147,25 @@ def test_what_was_taken_over_does_not_go_on_here(
     expect_lost(shared, instance)
 
 
+def test_it_cannot_be_asked_who_has_it(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first error is told, too; the next settle ends the move."""
+    instance = shared.spawn(shared.a)
+
+    def fail(*_: object) -> None:
+        raise errors.StorageError(host="alpha", pool="disks", reason="it is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Departure, "send", fail)
+        patch.setattr(Tenures, "is_lost", fail)
+        with pytest.raises(errors.MigrationError, match=r"down; and .* put back yet"):
+            shared.a.driver.live.migrate(instance.uuid, shared.b.host.name)
+    assert livehosts.settle(shared) == []
+    assert shared.a.state_of(instance) == "running"
+    assert shared.b.state_of(instance) is None
+
+
 @pytest.mark.parametrize("goes_on", [False, True], ids=["paused", "running"])
 def test_what_was_taken_over_does_not_go_on_there(
     shared: World, monkeypatch: pytest.MonkeyPatch, goes_on: bool

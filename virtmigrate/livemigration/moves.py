@@ -318,7 +318,7 @@ class LiveMigrations:
         uuid = facts.original(journal).uuid
         try:
             has_gone, owed = self._undo(journal)
-        except (errors.HostError, errors.InvalidState) as e:
+        except (errors.HostError, errors.InvalidState, errors.StorageError) as e:
             # libvirt waits for disks that it sends until their connections end.
             reason = _UNKNOWN.format(error, e)
             raise errors.MigrationError(
