@@ -162,7 +162,7 @@ class Errands:
     def _act(self, verb: Verb, transfer: model.Transfer, work: Work) -> Outcome:
         action = self._actions.get(verb)
         if action is None:
-            raise Refused("accept_moves is off: this host's compute service does that")
+            raise Refused("no driver runs here to do that, or accept_moves is off")
         with work.waiting():
             action(transfer)
         return Outcome()

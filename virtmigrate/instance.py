@@ -136,6 +136,12 @@ class Domains:
                 domain.setAutostart(0)
                 LOG.info("instance=%s libvirt does not start it any more", uuid)
 
+    def allow_autostart(self, uuid: str) -> None:
+        """Have libvirt start it with the host."""
+        with self._domain(uuid, "switching autostart on") as domain:
+            if not domain.autostart():
+                domain.setAutostart(1)
+
     def define(self, xml: str, *, autostart: bool = False) -> None:
         """Define the domain, or replace its configuration."""
         with self.host.session("defining a domain") as session:

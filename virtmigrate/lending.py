@@ -3,7 +3,8 @@
 
 Who owns a volume is in its record, and what stands on it is in the records of those. A
 frozen volume stays as long as any does: when its owner goes, it is handed to one of
-those that stand on it, and so on, until the last one goes, and it with that.
+those that stand on it, and so on, until the last one goes, and it with that. Retired
+copies are kept for a return only: nothing stays for them, and they inherit nothing.
 """
 
 import contextlib
@@ -37,7 +38,8 @@ def lent(backend: base.Backend, uuid: str) -> dict[str, str]:
     volumes = {each.name: each.body for each in backend.catalog.all(strict=True)}
     heirs: dict[str, str] = {}
     for each in sorted(volumes.values(), key=lambda volume: volume.name):
-        if each.owner and each.owner != uuid:
+        is_retired = each.state is model.VolumeState.RETIRED
+        if each.owner and each.owner != uuid and not is_retired:
             for name in _below(each, volumes, uuid):
                 heirs.setdefault(name, each.owner)
     return heirs

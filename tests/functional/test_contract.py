@@ -617,6 +617,31 @@ def test_a_retired_clone_is_reclaimed(backend: base.Backend, tmp_path: Path) -> 
     backend.remove("image")
 
 
+def test_a_retired_copy_keeps_nothing(backend: base.Backend, tmp_path: Path) -> None:
+    """It goes before what was frozen below it, and no copy that is in use does."""
+    below = settled(backend, tmp_path, name="below", state=VolumeState.FROZEN)
+    for name in ("left", "right"):
+        top = volume(backend, name, backing="below", state=VolumeState.USABLE)
+        backend.volumes.publish(name, msgspec.structs.replace(top, owner=name))
+    for state in (VolumeState.FROZEN, VolumeState.RETIRED):
+        backend.update(msgspec.structs.replace(below, state=state))
+        with pytest.raises(errors.VolumeInUse, match=r"below .* left, right"):
+            backend.remove("below")
+    assert backend.reclaim(lambda freed: False) == 0
+    for name in ("left", "right"):
+        found = backend.volumes.read(name).body
+        backend.update(msgspec.structs.replace(found, state=VolumeState.RETIRED))
+        if name == "left":
+            with pytest.raises(errors.VolumeInUse, match=r"below .* right"):
+                backend.remove("below")
+            assert backend.volumes.names() == ["below", "left", "right"]
+    with backend.claims.of("left"), pytest.raises(errors.VolumeInUse, match="left"):
+        backend.remove("below")
+    backend.remove("below")
+    assert backend.drain(timeout=60)
+    assert backend.volumes.names() == []
+
+
 def test_the_state_of_a_clone_is_kept(backend: base.Backend, tmp_path: Path) -> None:
     if not backend.capabilities.snapshots:
         return  # refused, see below

@@ -2,6 +2,7 @@
 """What a source may not have done at a peer by what it writes into the mailbox."""
 
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -194,3 +195,19 @@ def test_a_lost_mailbox_costs_no_copy(
     (owed,) = a.driver.live.recover()
     assert "its transfer is gone there" in owed
     assert disk.exists()
+
+
+def test_a_consent_ends(world: World) -> None:
+    """One to a move that never came: its instance is not awaited for ever."""
+    instance, b = world.spawn(world.a), world.b
+    b.driver.pre_live_migration(None, instance)
+    (path,) = (b.state / "awaited").iterdir()
+    os.utime(path, (0, 0))
+    with pytest.raises(errors.MigrationRefused, match="does not await it"):
+        world.a.driver.live.migrate(instance.uuid, b.host.name)
+    assert livehosts.settle(world) == []
+    assert not path.exists()
+    b.driver.pre_live_migration(None, instance)
+    world.a.driver.live.migrate(instance.uuid, b.host.name)
+    world.expect_one(instance, b)
+    assert not path.exists()

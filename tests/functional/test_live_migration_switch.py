@@ -12,9 +12,10 @@ import pytest
 
 from tests.functional import livehosts, test_cli
 from tests.functional.conftest import World
-from virtmigrate import errors, transient
+from virtmigrate import errors, receiver, transient
 from virtmigrate.backends.dir import DirBackend
 from virtmigrate.livemigration.departure import Departure
+from virtmigrate.migration import target
 
 
 @pytest.fixture(params=["shared", "apart"])
@@ -110,13 +111,13 @@ def test_the_source_cannot_ask_after_the_switch(hosts: World, before: Before) ->
 
 
 def test_the_source_keeps_its_copy_until_the_other_is_durable(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, before: Before
 ) -> None:
     livehosts.accept(world)
     instance, a, b = world.spawn(world.a), world.a, world.b
     disk = a.disk(instance)
     with monkeypatch.context() as patch:
-        patch.setattr(DirBackend, "persist", lambda *_: False)
+        before("give", lambda: patch.setattr(DirBackend, "persist", lambda *_: False))
         a.driver.live.migrate(instance.uuid, b.host.name)
         assert b.state_of(instance) == "running"
         (owed,) = a.driver.live.recover()
@@ -125,6 +126,34 @@ def test_the_source_keeps_its_copy_until_the_other_is_durable(
     assert livehosts.settle(world) == []
     assert not disk.exists()
     world.expect_one(instance, b)
+
+
+def test_a_peer_that_cannot_make_disks_durable(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is sent: it would never end."""
+    livehosts.accept(world)
+    instance = world.spawn(world.a)
+    with monkeypatch.context() as patch:
+        patch.setattr(DirBackend, "persist", lambda *_: False)
+        with pytest.raises(errors.MigrationRefused, match=r"beta.* cannot fsync"):
+            world.a.driver.live.migrate(instance.uuid, world.b.host.name)
+    world.expect_one(instance, world.a)
+
+
+def test_a_peer_whose_driver_is_not_there(world: World) -> None:
+    """Its receiver alone cannot have a guest come; what is missing is said."""
+    livehosts.accept(world, receiver=False)
+    here = world.b.driver.node
+    alone = receiver.Receiver(here, actions=target.Target(here).actions())
+    alone.start()
+    try:
+        instance = world.spawn(world.a)
+        with pytest.raises(errors.MigrationRefused, match="no driver runs here"):
+            world.a.driver.live.migrate(instance.uuid, world.b.host.name)
+    finally:
+        alone.stop()
+    world.expect_one(instance, world.a)
 
 
 def test_a_transient_disk_stays_where_it_is(world: World) -> None:

@@ -6,6 +6,8 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
+import msgspec
+
 from virtmigrate import lending, model
 from virtmigrate.backends import base
 from virtmigrate.formats import DiskFormat
@@ -102,6 +104,17 @@ def test_through_others() -> None:
     )
     assert set(lent(fake, "source")) == {"f1"}
     assert lent(fake, "first") == {"f2": "second"}
+
+
+def test_retired_copies_inherit_nothing() -> None:
+    """They are of an instance that has left: nobody here would ever remove it."""
+    gone = volume("a", "gone", "f1")
+    gone = msgspec.structs.replace(gone, state=VolumeState.RETIRED)
+    fake = Fake(volume("f1", "source"), volume("top", "source", "f1"), gone)
+    assert lent(fake, "source") == {} and settle(fake, "source") == set()
+    fake.found["b"] = volume("b", "other", "f1")
+    assert settle(fake, "source") == {"f1"}
+    assert fake.owners()["f1"] == "other"
 
 
 def test_shared_blocks() -> None:

@@ -26,6 +26,9 @@ from virtmigrate.locks import FileLocks, Locks, Mechanism
 
 LOG = logging.getLogger(__name__)
 
+_LOWER = (model.VolumeState.FROZEN, model.VolumeState.RETIRED)
+"""States of volumes, images aside, that others may stand on."""
+
 
 class Backend(making.Making):
     """One place for volumes on one host. Safe to share between threads.
@@ -142,9 +145,11 @@ class Backend(making.Making):
         """Delete a volume, its manifest, then its record; can be called again.
 
         Where its bytes are wiped it is doomed at once, and gone later: see drain().
-        Raises VolumeInUse for one that others stand on, and touches nothing then.
+        Raises VolumeInUse for one that others stand on, and touches nothing then. Only
+        an image stays for retired copies: those that stand on anything else go first.
         """
         self._demand_unused(name)
+        self._drop_retired(name)
         self._delete(name)
 
     def drain(self, timeout: float = 3600.0) -> bool:
@@ -257,7 +262,9 @@ class Backend(making.Making):
                 break
             with self.claims.of(volume.name) as is_ours:
                 if is_ours:
-                    freed += self._reclaim(volume)
+                    # What others stand on frees nothing.
+                    with contextlib.suppress(errors.VolumeInUse):
+                        freed += self._reclaim(volume)
         return freed
 
     # Private
@@ -269,24 +276,47 @@ class Backend(making.Making):
     def _demand_unused(self, name: str) -> None:
         """Raise VolumeInUse for one that volumes of others stand on.
 
-        Only an image is one, or what was frozen below a layer.
+        Only an image is one, or what was frozen below a layer, retired by now or not.
         """
-        stored = None
+        volume = self._lower(name)
+        if volume is None:
+            return
+        users = self.users(name) - self._of_owner(volume.owner)
+        if users and not making.is_image(volume):
+            users -= {each.name for each in self.retired()}
+        if users:
+            raise self._in_use(volume, users)
+
+    def _drop_retired(self, name: str) -> None:
+        """Remove retired copies of others that stand on a volume; VolumeInUse for one
+        that is being brought out."""
+        volume = self._lower(name)
+        if volume is None or making.is_image(volume):
+            return
+        users = self.users(name) - self._of_owner(volume.owner)
+        for retired in [each for each in self.retired() if each.name in users]:
+            with self.claims.of(retired.name) as is_ours:
+                if not is_ours:
+                    raise self._in_use(volume, {retired.name})
+                self._reclaim(retired)
+
+    def _lower(self, name: str) -> model.Volume | None:
+        """Return a volume that others may stand on; None for any other."""
         with contextlib.suppress(errors.RecordBroken):
             stored = self.volumes.find(name)
-        if stored is None or not (
-            making.is_image(stored.body)
-            or stored.body.state is model.VolumeState.FROZEN
-        ):
-            return
-        users = sorted(self.users(name) - self._of_owner(stored.body.owner))
-        if users:
-            raise errors.VolumeInUse(
-                host=self.host.name,
-                pool=stored.body.pool,
-                volume=name,
-                users=", ".join(users),
+            is_lower = stored and (
+                making.is_image(stored.body) or stored.body.state in _LOWER
             )
+            return stored.body if stored and is_lower else None
+        return None
+
+    def _in_use(self, volume: model.Volume, users: set[str]) -> errors.VolumeInUse:
+        return errors.VolumeInUse(
+            host=self.host.name,
+            pool=volume.pool,
+            volume=volume.name,
+            users=", ".join(sorted(users)),
+        )
 
     def _of_owner(self, owner: str) -> set[str]:
         """Return the volumes of an instance; they go together, in any order."""

@@ -196,6 +196,7 @@ class LvmBackend(base.Backend):
 
     def remove(self, name: str) -> None:
         self._demand_unused(name)
+        self._drop_retired(name)
         for state in self._volumes.states(name):
             self._drop(name, state)
         stored = None

@@ -157,7 +157,9 @@ timeout_opts = [
         min=60,
         max=30 * 86400,
         help="Seconds after which what a peer began to send here, and never "
-        "finished, is removed. Longer than the longest copy takes.",
+        "finished, is removed, and an instance that the compute service awaits here, "
+        "and that never came live, is awaited no more. Longer than the longest copy "
+        "takes.",
     ),
     cfg.FloatOpt(
         "settle_interval",

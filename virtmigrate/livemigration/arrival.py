@@ -7,9 +7,7 @@ a journal of its own; nothing is done for a transfer that it did not note there.
 
 import contextlib
 import time
-import uuid as uuids
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 from oslo_log import log as logging
@@ -17,6 +15,7 @@ from oslo_log import log as logging
 from virtmigrate import errors, model, node, record
 from virtmigrate.journal import Journal
 from virtmigrate.livemigration import coming, notes
+from virtmigrate.livemigration.consents import Consents
 from virtmigrate.livemigration.domains import Copy, Domains
 from virtmigrate.migration import facts
 from virtmigrate.migration.scrutiny import Scrutiny, is_uuid
@@ -32,17 +31,20 @@ class Arrivals:
 
     def __init__(self, here: node.Node) -> None:
         self._here = here
+        self._consents = Consents(
+            here.journals.parent / "awaited", float(here.options.reclaim_age)
+        )
 
     # What a source asks for
 
     def allow(self, uuid: str) -> None:
-        """Let a source bring this instance: the compute service knows of it."""
-        self._consent(uuid).parent.mkdir(parents=True, exist_ok=True)
-        self._consent(uuid).touch()
+        """Let a source bring this instance, within `reclaim_age`: the compute service
+        knows of it."""
+        self._consents.give(uuid)
 
     def disallow(self, uuid: str) -> None:
         """Take that back; what is on its way stays."""
-        self._consent(uuid).unlink(missing_ok=True)
+        self._consents.end(uuid)
 
     def expect(self, transfer: model.Transfer) -> None:
         """Wait for an instance: note that, make its volumes, and say how it is to be.
@@ -89,6 +91,7 @@ class Arrivals:
     def recover(self) -> list[str]:
         """Go on with what came or was withdrawn; return what could not be finished."""
         left = []
+        self._consents.sweep()
         for operation, uuid in self._open().items():
             try:
                 with self._here.claimed(uuid):
@@ -111,14 +114,11 @@ class Arrivals:
         with self._here.claimed(facts.transfer(journal).instance):
             yield
 
-    def _consent(self, uuid: str) -> Path:
-        return self._here.journals.parent / "awaited" / str(uuids.UUID(uuid))
-
     def _demand_allowed(self, transfer: model.Transfer) -> None:
         if not is_uuid(transfer.instance):
             raise self._not_ours(transfer, "that is no UUID of an instance")
         is_allowed = self._here.options.accept_moves
-        if not is_allowed and not self._consent(transfer.instance).exists():
+        if not is_allowed and not self._consents.has(transfer.instance):
             raise self._not_ours(
                 transfer,
                 "accept_moves is off, and the compute service here does not await it",
@@ -240,7 +240,9 @@ class Arrivals:
         if not coming.Coming(self._here, ours, journal).arrive():
             # Its source keeps what it has until then.
             raise self._not_ours(
-                stored.body, "it goes on here, and its volumes are not durable yet"
+                stored.body,
+                "it goes on here, and its volumes are not durable yet: this process "
+                f"cannot fsync them, the driver on {self._here.name} does",
             )
         self._publish(stored, TransferState.SETTLED)
         journal.close()

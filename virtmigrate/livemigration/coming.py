@@ -16,6 +16,11 @@ LOG = logging.getLogger(__name__)
 
 Stored = record.Stored[model.Transfer]
 
+_NOT_DURABLE = (
+    "the process that answers there cannot fsync {}: run it as a user who sees that "
+    "directory"
+)
+
 
 class Coming:
     """One instance that comes here."""
@@ -116,6 +121,11 @@ class Coming:
         backend.allocate(made)
         name, path = backend.accept(volume.name)
         backend.update(msgspec.structs.replace(made, pool=name, path=path))
+        if not backend.persist(name, volume.name):
+            # It would come, and its source keep its copy for ever.
+            raise errors.StorageError(
+                host=self._here.name, pool=name, reason=_NOT_DURABLE.format(path)
+            )
 
     def _as_here(self, text: str, wanted: model.Instance) -> str:
         xml = domainxml.with_emulator(text, None)
@@ -137,26 +147,35 @@ class Coming:
         return self._as_here(xml, wanted)
 
     def _go_on(self, here: model.Instance, wanted: model.Instance) -> None:
-        """Let a guest that came go on, before all that can wait."""
+        """Have its tenure, then let a guest that came go on, before all that can wait.
+
+        Raises HeldElsewhere: it is off.
+        """
         whole = self._domains.copy(self._uuid) is Copy.WHOLE
-        runs = wanted.power == Power.RUNNING.value
-        if whole and runs and not self._journal.has("started"):
-            self._domains.go_on(self._uuid)
+        if not whole or self._journal.has("started"):
+            return
+        try:
+            with self._here.tenures.starting(here, self._here.domains):
+                if wanted.power == Power.RUNNING.value:
+                    self._domains.go_on(self._uuid)
+        except errors.HeldElsewhere:
+            # Its source may have let it go on.
+            self._domains.kill(self._uuid)
+            raise
 
     def _start(self, here: model.Instance, wanted: model.Instance) -> None:
-        """Have its domain and its tenure; start it anew if its memory is lost."""
+        """Have its domain; start it anew if its memory is lost."""
         autostart = wanted.autostart and not self._here.tenures.concern(here)
         if not self._domains.is_defined(self._uuid):
-            self._here.domains.define(str(wanted.domain_xml), autostart=autostart)
+            self._here.domains.define(str(wanted.domain_xml))
         if self._journal.has("started"):
             return
-        is_off = self._domains.is_off(self._uuid)
-        if is_off:
+        if autostart:
+            # libvirt leaves that behind.
+            self._here.domains.allow_autostart(self._uuid)
+        if self._domains.is_off(self._uuid):
             LOG.error("instance=%s its memory is lost: started anew", self._uuid)
             self._here.start(self._uuid)
-        else:
-            with self._here.starting(self._uuid):
-                pass
         self._journal.done("started")
 
     def _prove(self, volume: model.TransferVolume) -> bool:

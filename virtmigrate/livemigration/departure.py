@@ -77,6 +77,8 @@ class Departure:
             peer=self._transfer.peer,
         )
         self._here.publish_instance(leaving)
+        # libvirt would start it with the host, and ask nobody.
+        self._here.domains.forbid_autostart(self._uuid)
         self._here.tenures.announce(self._original, self._transfer.peer)
 
     def send(self, steering: Steering) -> None:
@@ -109,8 +111,11 @@ class Departure:
     def give(self) -> None:
         """Give the right up: the source's QEMU is gone, and its domain undefined.
 
-        Raises HostError, RecordConflict: the transfer decides who has it.
+        Raises HeldElsewhere: nothing was given. HostError, RecordConflict: the transfer
+        decides who has it.
         """
+        # What another host has taken over is not this one's to give.
+        self._here.tenures.demand(self._original)
         self.journal.done("giving")
         transfers = self._there.transfers
         # Nobody changes it but who ends the move: what was read before is tried first.

@@ -31,6 +31,12 @@ LOG = logging.getLogger(__name__)
 
 _DEFAULT = Options()
 
+_UNKNOWN = (
+    "{}; and it cannot be put back yet: {}. It runs nowhere else; the next settle on "
+    "this host that can ends the move"
+)
+_LOST = "{}; another host took it over meanwhile: it is off on {}"
+
 
 class LiveMigrations:
     """Running instances that leave this host, and that come. Safe to share.
@@ -312,11 +318,19 @@ class LiveMigrations:
         uuid = facts.original(journal).uuid
         try:
             has_gone, owed = self._undo(journal)
-        except (errors.HostError, errors.InvalidState) as e:
+        except (errors.HostError, errors.InvalidState, errors.StorageError) as e:
             # libvirt waits for disks that it sends until their connections end.
-            raise self._unknown(journal, error, e) from error
+            reason = _UNKNOWN.format(error, e)
+            raise errors.MigrationError(
+                instance=uuid, operation=journal.operation, reason=reason
+            ) from error
         if has_gone:
             return
+        if journal.has("lost"):
+            reason = _LOST.format(error, self._here.name)
+            raise errors.MigrationError(
+                instance=uuid, operation=journal.operation, reason=reason
+            ) from error
         if not isinstance(error, errors.Error):
             raise error
         if not journal.has("leaving"):
@@ -329,16 +343,6 @@ class LiveMigrations:
             host=self._here.name,
             debts=f"; still owed at the peer: {owed}" if owed else "",
         ) from error
-
-    def _unknown(
-        self, journal: Journal, error: BaseException, cause: errors.Error
-    ) -> errors.MigrationError:
-        return errors.MigrationError(
-            instance=facts.original(journal).uuid,
-            operation=journal.operation,
-            reason=f"{error}; and it cannot be put back yet: {cause}. It runs nowhere "
-            "else; the next settle on this host that can ends the move",
-        )
 
     def _steering(
         self,

@@ -11,6 +11,7 @@ At the source:
     given       it is: the transfer says TAKEN
     settled     so does the peer: its volumes are durable
     taken back  the right is here again: the transfer says WITHDRAWN
+    lost        another host took it over: it is off, here and at the peer
     restored    the instance is what it was here; what is left is owed at the peer
 
 At the peer:

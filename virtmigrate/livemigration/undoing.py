@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source's way back, or on: what a live move that was cut short becomes.
 
-Before `giving` this host decides alone. After it the transfer does.
+Before `giving` this host decides alone. After it the transfer does. What another host
+has taken over meanwhile goes on neither here nor there.
 """
 
 from collections.abc import Callable
@@ -80,6 +81,9 @@ class Undoing:
 
     def _put_back(self) -> bool:
         """Make it what it was here; False when the peer has it now."""
+        if not self._journal.has("giving") and self._is_lost():
+            self._give_up()
+            return True
         if self._journal.has("giving") or not self._is_here():
             return self._decide()
         self._restore(start=False)
@@ -107,8 +111,33 @@ class Undoing:
             if self._is_given():
                 return False
             self._journal.done("taken back")
-        self._restore(start=True)
+        if self._is_lost():
+            self._give_up()
+        else:
+            self._restore(start=True)
         return True
+
+    def _is_lost(self) -> bool:
+        """Tell whether a host that is not of this move took the instance over."""
+        if self._journal.has("lost") or not self._journal.has("leaving"):
+            return self._journal.has("lost")
+        return self._here.tenures.is_lost(self._original, self._transfer.peer)
+
+    def _give_up(self) -> None:
+        """Turn it off, and remove what this host knows of it; its disks stay."""
+        self._journal.done("lost")
+        LOG.error(
+            "operation=%s instance=%s is turned off: another host took it over",
+            self._journal.operation,
+            self._uuid,
+        )
+        self._domains.kill(self._uuid)
+        self._domains.undefine(self._uuid)
+        own = self._here.own_record(self._uuid)
+        if own is not None and own.operation == self._journal.operation:
+            self._here.instances.remove(self._uuid)
+        self._here.tenures.renounce(self._uuid, self._here.up())
+        self._journal.done("restored")
 
     def _is_given(self) -> bool:
         """Win the transfer for the side that has the guest."""
@@ -120,9 +149,8 @@ class Undoing:
                     return True
                 if stored.body.state is TransferState.WITHDRAWN:
                     return False
-                if self._is_whole_there():
-                    departure = self._departure()
-                    departure.switch()
+                if not self._is_lost() and self._is_whole_there():
+                    self._departure().switch()
                     return True
                 self._publish_withdrawn(stored)
                 return False
@@ -165,12 +193,17 @@ class Undoing:
                 self._original, domain_xml=None, operation=self._journal.operation
             )
             self._here.publish_instance(back)
+        autostart = self._original.autostart and not self._here.tenures.concern(
+            self._original
+        )
         if start and not self._here.domains.is_defined(self._uuid):
             self._here.domains.define(
-                str(self._original.domain_xml),
-                autostart=self._original.autostart
-                and not self._here.tenures.concern(self._original),
+                str(self._original.domain_xml), autostart=autostart
             )
+        elif autostart and self._journal.has("leaving"):
+            # It would have been started with the host, but for this move.
+            start = start or self._is_off_with_the_host()
+            self._here.domains.allow_autostart(self._uuid)
         if start:
             LOG.error(
                 "operation=%s instance=%s its memory is lost: started anew",
@@ -179,6 +212,11 @@ class Undoing:
             )
             self._here.start(self._uuid)
         self._journal.done("restored")
+
+    def _is_off_with_the_host(self) -> bool:
+        """Tell whether it is off because its host was."""
+        is_off = self._domains.is_off(self._uuid)
+        return is_off and not self._domains.ended_by_itself(self._uuid)
 
     def _withdraw_later(self) -> str:
         """Have the peer forget it; what fails stays owed."""
