@@ -14,6 +14,7 @@ from virtmigrate import (
     lending,
     model,
     node,
+    scratch,
     snapshottree,
 )
 from virtmigrate.backends import base, making
@@ -84,6 +85,20 @@ class Work:
             (backend.name, name)
             for backend in self.here.up()
             for name in lending.lent(backend, self.uuid)
+        }
+
+    def under_layers(self, found: model.Instance) -> set[tuple[str, str]]:
+        """Return (backend, volume) of what layers of a guest that runs stand on.
+
+        Those over transient disks: their records name it, and they go when it is off.
+        """
+        refs = scratch.transient(found)
+        if not refs or self.states.is_off(self.uuid):
+            return set()
+        return {
+            (ref.backend, volume.name)
+            for ref in refs
+            for volume in self.backend(ref).chain(ref.volume)
         }
 
     def taken(self) -> Taken:
