@@ -39,6 +39,10 @@ def start(world: World, instance: Any) -> None:
     assert seen(world, world.a, instance) == 5
 
 
+def failing(*_: object) -> None:
+    raise errors.StorageError(host="a", pool="-", reason="as it was told")
+
+
 def expect_settled(world: World) -> None:
     assert world.a.driver.settle() == []
     assert consistency.check(world.a.driver.node) == []
@@ -77,9 +81,6 @@ def test_a_merge_that_was_cut_short(
     a, (source, twin) = world.a, couple
     declare(world, source)
 
-    def failing(*_: object) -> None:
-        raise errors.StorageError(host="a", pool="-", reason="as it was told")
-
     with monkeypatch.context() as patch:
         patch.setattr(domainstate.States, "stand_in", failing)
         a.driver.destroy(None, twin)
@@ -94,7 +95,9 @@ def test_a_merge_that_was_cut_short(
     assert (byte(world, source), byte(world, source, 64 * KiB)) == (9, 1)
 
 
-def test_a_deep_chain_is_not_flattened(world: World) -> None:
+def test_a_deep_chain_is_not_flattened(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The layer over it goes: it would take nothing of what the disk stands on."""
     a, source = world.a, dummy(world, ephemeral_gb=1)
     a.driver.power_off(source)
@@ -109,6 +112,19 @@ def test_a_deep_chain_is_not_flattened(world: World) -> None:
     assert len(chain(a, source, "vdb")) == 1
     assert chain(a, source) == before
     assert seen(world, a, source) == 5
+    # Begun while it was off, and cut short.
+    a.driver.power_off(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(domainstate.States, "stand_in", failing)
+        assert "as it was told" in str(a.driver.settle())
+    start(world, source)
+    (left,) = a.driver.settle()
+    assert "runs over transient disk vda" in left
+    assert chain(a, source) == before
+    a.driver.power_off(source)
+    expect_settled(world)
+    assert len(chain(a, source)) == 1
+    assert byte(world, source) == 0
 
 
 def test_detaching_one_that_runs(world: World, couple: tuple[Any, Any]) -> None:

@@ -98,6 +98,7 @@ class Flattening:
         ref, backend = change.layer, work.backend(change.layer)
         below = self._below(ref)
         if below.ours:
+            work.demand_unread(_DOING, found, ref)
             self._pull(ref, backend, below)
             if change.power == Taken.RUNNING.value:
                 work.states.flush(work.uuid)

@@ -73,7 +73,7 @@ class Tidying:
     def _run(self, found: model.Instance) -> model.Instance:
         assert found.change is not None
         if found.change.layer is not None:
-            self._demand_unread(found, found.change.layer)
+            self._work.demand_unread("tidying up", found, found.change.layer)
             found = self._merge(found)
         while (next_one := self._next(found)) is not None:
             (backend, volume), above = next_one
@@ -92,15 +92,6 @@ class Tidying:
     def _kept(self, found: model.Instance) -> Names:
         """Return what stays as it is, for others, or for a guest that runs over it."""
         return self._work.lent() | self._work.under_layers(found)
-
-    def _demand_unread(self, found: model.Instance, layer: model.DiskRef) -> None:
-        """Refuse to go on with a merge after a start over a transient disk."""
-        if (layer.backend, layer.volume) in self._work.under_layers(found):
-            raise self._work.refused(
-                "tidying up",
-                f"the guest runs over transient disk {layer.target}, which stands on "
-                f"{layer.volume}: turn it off first",
-            )
 
     def _begin(
         self, found: model.Instance, backend: base.Backend, above: model.Volume

@@ -101,6 +101,17 @@ class Work:
             for volume in self.backend(ref).chain(ref.volume)
         }
 
+    def demand_unread(
+        self, doing: str, found: model.Instance, ref: model.DiskRef
+    ) -> None:
+        """Refuse to go on with a change of what a guest was started over since."""
+        if (ref.backend, ref.volume) in self.under_layers(found):
+            raise self.refused(
+                doing,
+                f"the guest runs over transient disk {ref.target}, which stands on "
+                f"{ref.volume}: turn it off first",
+            )
+
     def taken(self) -> Taken:
         """Return what the guest does; InvalidState for what cannot be frozen."""
         power = self.states.power(self.uuid)
