@@ -126,6 +126,7 @@ SHARE = {
     r"test_contract\.py.*\[dir-falloc": 10,
     r"test_backends\.py.*\[shared_dir-tls": 6,
     r"test_consistency\.py.*\[lvm": 1,
+    r"test_clone_kinds\.py.*\[lvm": 0,
     r"test_what_the_groups_own_host_can_do\[": 1,
     r"test_nobody_sees_old_bytes\[(discard|none)": 0,
     r"test_lvm\.py.*(_goes_on_|_from_a_|_between_|_layers_|_resized_)": 0,

@@ -196,6 +196,55 @@ def test_a_step_fails(
     expect_as_before(world, source, before)
 
 
+@pytest.mark.parametrize("failing", [0, 1, 3], ids=["none", "a-clone", "all"])
+def test_nobody_comes_between(
+    world: World, source: Any, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """From its snapshot until its memory's head is back the source is held.
+
+    Also when that fails in the call, and settling does it.
+    """
+    cloneworld.allow(world.a, Fake(), lock_timeout=1)
+    before, twins = world.a.files(), new(2)
+    node, write_head, done = world.a.driver.node, memory._write, journal.Journal.done
+    held: dict[str, list[bool]] = {"head": [], "snapshot": []}
+
+    def hear(what: str) -> None:
+        with node.locks.only(f"instance-{source.uuid}") as is_free:
+            held[what].append(not is_free)
+
+    def noted(log: journal.Journal, step: str, **facts: object) -> None:
+        if step == "snapshot":
+            hear(step)
+        done(log, step, **facts)
+
+    def written(*args: Any) -> None:
+        hear("head")
+        if failing and len(held["head"]) == 1:
+            # So that no other clone is tried.
+            raise errors.Cancelled
+        if len(held["head"]) <= failing:
+            raise errors.StorageError(host="a", pool="-", reason="as it was told")
+        write_head(*args)
+
+    monkeypatch.setattr(journal.Journal, "done", noted)
+    monkeypatch.setattr(memory, "_write", written)
+    if failing:
+        with pytest.raises(errors.Cancelled):
+            clone(world, source, twins)
+        with node.claimed(source.uuid):
+            # What is left, if anything, waits for its other operation.
+            assert world.a.driver.settle() == []
+        expect_as_before(world, source, before)
+        assert journal.load_all(world.a.state / "clones") == []
+    else:
+        clone(world, source, twins)
+    # Both clones', and the source's again; what failed is done once more.
+    assert len(held["head"]) == {0: 3, 1: 2, 3: 4}[failing]
+    assert all(held["head"])
+    assert held["snapshot"] == [True]
+
+
 def test_a_network_that_leads_out(world: World, source: Any) -> None:
     """One of the name that is not isolated is not used, and not changed."""
     before = world.a.files()

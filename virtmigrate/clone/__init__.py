@@ -130,6 +130,9 @@ class Clones:
         for log in journal.load_all(self._directory):
             try:
                 self._finish(log)
+            except errors.InstanceBusy as e:
+                # The source: its other operation comes first.
+                LOG.debug("clones=%s: %s", log.operation, e)
             except Exception as e:
                 # What one journal says keeps no other from being finished.
                 LOG.exception("clones=%s", log.operation)

@@ -27,6 +27,7 @@ from virtmigrate.clone.planning import Plan
 from virtmigrate.clone.terms import Changed, Identities, Outcome, Self, Values, Wanted
 from virtmigrate.model import CloneState
 from virtmigrate.progress import Progress
+from virtmigrate.rollback import Rollback
 from virtmigrate.snapshot import Kind
 from virtmigrate.snapshot import Memory as Kept
 from virtmigrate.snapshottree import Snapshot, find
@@ -38,7 +39,10 @@ _NETWORK = "network"
 
 
 class Course:
-    """One call for clones. All clones are claimed by the caller; the source is not."""
+    """One call for clones. All clones are claimed by the caller; the source is not.
+
+    It is from its snapshot on until its memory's head is put back.
+    """
 
     def __init__(
         self,
@@ -62,13 +66,10 @@ class Course:
         """
         if plan.source.disks and plan.twins[0].interfaces:
             self._apart.ensure()
-        taken = self._snapshots.create(
-            wanted.source, self._asked(wanted, plan, log), self._progress
-        )
-        log.done("snapshot", id=taken.id)
-        with self._here.claimed(wanted.source):
+        asked = self._asked(wanted, plan, log)
+        with self._snapshots.held(wanted.source, asked, self._progress) as taken:
+            log.done("snapshot", id=taken.id)
             source = self._here.entitled(wanted.source)
-            taken = _still(source, taken)
             maker = making.Making(
                 self._here, self._apart, source, taken, is_live=plan.is_live
             )
@@ -81,11 +82,14 @@ class Course:
     def clear(self, log: journal.Journal) -> None:
         """Make an end of a call; can be called again. Then its journal is gone.
 
-        The caller has claimed the clones.
+        The caller has claimed the clones, and not the source. Raises InstanceBusy where
+        that is in another operation: all that is left stays for the next call.
         """
         facts = log.facts("begun")
         assert facts is not None
-        self._put_back(log, facts)
+        if log.has("head") and not log.has("whole"):
+            with self._here.claimed(str(facts["source"])):
+                self._put_back(log)
         for uuid, operation in facts["new"]:
             self.undo(uuid, operation)
         self._drop_snapshot(str(facts["source"]), _name(log))
@@ -163,18 +167,23 @@ class Course:
         memory = Memory(self._here, volume)
         head = memory.head()
         log.done("head", volume=volume.name, data=base64.b64encode(head).decode())
-        for twin in plan.twins:
-            self._tried(twin, lambda twin=twin: maker.restore(twin, memory, head))
-        memory.write(head)
-        log.done("whole")
+        with Rollback() as undo:
+            # While nobody else may start from it, or take it elsewhere.
+            undo.add("put the memory's head back", lambda: self._put_back(log))
+            for twin in plan.twins:
+                self._tried(twin, lambda twin=twin: maker.restore(twin, memory, head))
+            undo.commit()
+        self._put_back(log)
 
-    def _put_back(self, log: journal.Journal, facts: dict[str, Any]) -> None:
-        """Make the memory's head what it was, if its volume is there still."""
-        head = log.facts("head")
-        if head is None or log.has("whole"):
-            return
+    def _put_back(self, log: journal.Journal) -> None:
+        """Make the memory's head what it was, if its volume is there still.
+
+        The caller has claimed the source.
+        """
+        begun, head = log.facts("begun"), log.facts("head")
+        assert begun is not None and head is not None
         stored = self._here.files.volumes.find(head["volume"])
-        if stored is not None and stored.body.owner == facts["source"]:
+        if stored is not None and stored.body.owner == begun["source"]:
             memory = Memory(self._here, stored.body)
             if memory.exists():
                 memory.write(base64.b64decode(head["data"]))
@@ -258,13 +267,3 @@ class Course:
 def _name(log: journal.Journal) -> str:
     """Return what the snapshot of a call is called."""
     return f"clone-{log.operation}"
-
-
-def _still(source: model.Instance, taken: Snapshot) -> Snapshot:
-    """Return a snapshot as it is now; SnapshotNotFound if somebody deleted it."""
-    found = find(source.snapshots, taken.id)
-    if found is None:
-        raise errors.SnapshotNotFound(
-            instance=source.uuid, host=source.host, snapshot=taken.name
-        )
-    return found

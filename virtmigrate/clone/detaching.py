@@ -61,7 +61,9 @@ class Detaching:
                 "its snapshots stand on the same volumes: delete them first",
             )
         owners = self.lenders(found)
-        for ref in found.disks:
+        owing = [ref for ref in found.disks if self._is_owing(found, ref)]
+        self._demand_writable(uuid, owing)
+        for ref in owing:
             self._detach(work, found, ref, progress or Progress())
         for backend in self._here.up():
             owners |= set(lending.lent(backend, uuid).values())
@@ -100,9 +102,6 @@ class Detaching:
         backend = work.backend(ref)
         chain = backend.chain(ref.volume)
         kept = next((v for v in chain if v.role is Role.IMAGE), None)
-        between = [v for v in chain[1:] if v.role is not Role.IMAGE]
-        if all(self._is_own(backend, volume, found.uuid) for volume in between):
-            return
         keep = None if kept is None else backend.path(kept)
         if not self._copy_up(work, backend, ref, keep, progress):
             raise self._error(
@@ -119,6 +118,25 @@ class Detaching:
         work.states.define(domainxml.with_disks(text, {ref.target: layers}))
         backing = kept.name if kept is not None else None
         backend.update(msgspec.structs.replace(chain[0], backing=backing, digest=None))
+
+    def _is_owing(self, found: model.Instance, ref: model.DiskRef) -> bool:
+        """Tell whether a disk stands on what others have, or stand on, too."""
+        backend = self._here.backend(ref.backend)
+        between = backend.chain(ref.volume)[1:]
+        return not all(
+            volume.role is Role.IMAGE or self._is_own(backend, volume, found.uuid)
+            for volume in between
+        )
+
+    def _demand_writable(self, uuid: str, refs: list[model.DiskRef]) -> None:
+        """Refuse disks that a running guest does not write to, but to layers over."""
+        targets = [ref.target for ref in refs if ref.transient]
+        if targets and not self._pulls.is_off(uuid):
+            reason = (
+                f"{', '.join(sorted(targets))} is transient, and the guest runs over "
+                "it: turn it off, which drops what it wrote there"
+            )
+            raise self._error(errors.CloneRefused, uuid, reason)
 
     def _flush(self, uuid: str) -> None:
         """Have QEMU write all that it has of the disks of a guest that runs."""

@@ -14,6 +14,11 @@ def of_disks(here: node.Node, found: model.Instance) -> Iterator[str]:
     for ref in found.disks:
         if ref.role is Role.NVRAM:
             yield "its firmware keeps variables (UEFI): those are not cloned yet"
+        elif ref.transient:
+            yield (
+                f"disk {ref.target}: it is transient, and what its guest writes is "
+                "thrown away: make it permanent (`virtmigrate instance transient`)"
+            )
         elif ref.role is not Role.CONFIG:
             yield from _of_backend(ref.target, here.backend(ref.backend))
 

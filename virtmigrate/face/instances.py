@@ -154,6 +154,9 @@ class Instances(base.Base):
         transients.declare(
             self.node, uuid, target, self.demand_at_rest, transient=transient
         )
+        if not transient:
+            # What its guest read was kept meanwhile.
+            self.clones.tidy(uuid)
 
     def pause(self, instance: Any, **_: object) -> None:
         with self.node.claimed(instance.uuid):

@@ -65,11 +65,19 @@ class Snapshots:
 
         Raises SnapshotRefused, SnapshotExists, SnapshotFailed, Cancelled.
         """
+        with self.held(uuid, wanted, progress) as made:
+            return made
+
+    @contextlib.contextmanager
+    def held(
+        self, uuid: str, wanted: Wanted, progress: Progress | None = None
+    ) -> Iterator[Snapshot]:
+        """Take a snapshot, and hold its instance while it is used; as create()."""
         with self._work(uuid) as work:
             made = self._create(work, wanted, progress)
             for said in limits.slow(self._here, work.found):
                 LOG.warning("%s", said)
-            return made
+            yield work.snapshot(made.id)
 
     def revert(
         self, uuid: str, wanted: Return, progress: Progress | None = None

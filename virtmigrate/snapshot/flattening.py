@@ -77,6 +77,11 @@ class Flattening:
             # QEMU holds back what it writes then, until the guest goes on and stops.
             LOG.info("instance=%s is paused: it is not flattened", self._work.uuid)
             return
+        if (ref.backend, ref.volume) in self._work.under_layers(found):
+            LOG.info(
+                "instance=%s %s is transient: it is not flattened", found.uuid, target
+            )
+            return
         self._demand_possible(found, ref, below)
         change = model.Change(
             what=Changing.FLATTENING,
@@ -93,6 +98,7 @@ class Flattening:
         ref, backend = change.layer, work.backend(change.layer)
         below = self._below(ref)
         if below.ours:
+            work.demand_unread(_DOING, found, ref)
             self._pull(ref, backend, below)
             if change.power == Taken.RUNNING.value:
                 work.states.flush(work.uuid)

@@ -9,7 +9,7 @@ instance is one of them. So does one whose only layer is shared itself: what a l
 stands on is named in its header, too, and only QEMU writes there.
 A volume with states inside of it takes a layer in, but is never written into another
 one: they would be lost. One that another instance's volumes stand on, a clone's, is not
-touched at all.
+touched at all; nor is what a guest reads that runs over a transient disk.
 """
 
 import msgspec
@@ -40,8 +40,8 @@ class Tidying:
     def plan(self, found: model.Instance) -> list[Step]:
         """Return what would be done if this were the instance's record."""
         steps, owned = [], self._work.owned()
-        named, holders, lent = _named(found), _holders(found), self._work.lent()
-        while (next_one := _first(owned, named, holders, lent)) is not None:
+        named, holders, kept = _named(found), _holders(found), self._kept(found)
+        while (next_one := _first(owned, named, holders, kept)) is not None:
             (backend, volume), above = next_one
             owned = [each for each in owned if each[1].name != volume.name]
             if above is None:
@@ -73,6 +73,7 @@ class Tidying:
     def _run(self, found: model.Instance) -> model.Instance:
         assert found.change is not None
         if found.change.layer is not None:
+            self._work.demand_unread("tidying up", found, found.change.layer)
             found = self._merge(found)
         while (next_one := self._next(found)) is not None:
             (backend, volume), above = next_one
@@ -85,8 +86,12 @@ class Tidying:
         return self._work.publish(found, change=None)
 
     def _next(self, found: model.Instance) -> tuple[Owned, model.Volume | None] | None:
-        owned, lent = self._work.owned(), self._work.lent()
-        return _first(owned, _named(found), _holders(found), lent)
+        owned, kept = self._work.owned(), self._kept(found)
+        return _first(owned, _named(found), _holders(found), kept)
+
+    def _kept(self, found: model.Instance) -> Names:
+        """Return what stays as it is, for others, or for a guest that runs over it."""
+        return self._work.lent() | self._work.under_layers(found)
 
     def _begin(
         self, found: model.Instance, backend: base.Backend, above: model.Volume
@@ -236,19 +241,19 @@ def _holders(found: model.Instance) -> Names:
 
 
 def _first(
-    owned: list[Owned], named: Names, holders: Names, lent: Names
+    owned: list[Owned], named: Names, holders: Names, kept: Names
 ) -> tuple[Owned, model.Volume | None] | None:
     """Return a volume that nobody names, and the one layer on it, if there is one.
 
-    Neither of them one that another instance's volumes stand on.
+    Neither of them one that is kept.
     """
     for backend, volume in owned:
-        if (backend.name, volume.name) in named | lent or not _is_ours(volume):
+        if (backend.name, volume.name) in named | kept or not _is_ours(volume):
             continue
         above = _standing_on(owned, backend, volume)
         if not above and (backend.name, volume.name) not in holders:
             return (backend, volume), None
-        if len(above) != 1 or (backend.name, above[0].name) in holders | lent:
+        if len(above) != 1 or (backend.name, above[0].name) in holders | kept:
             continue
         if len(_standing_on(owned, backend, above[0])) <= 1:
             return (backend, volume), above[0]

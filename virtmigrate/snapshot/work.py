@@ -14,6 +14,7 @@ from virtmigrate import (
     lending,
     model,
     node,
+    scratch,
     snapshottree,
 )
 from virtmigrate.backends import base, making
@@ -85,6 +86,31 @@ class Work:
             for backend in self.here.up()
             for name in lending.lent(backend, self.uuid)
         }
+
+    def under_layers(self, found: model.Instance) -> set[tuple[str, str]]:
+        """Return (backend, volume) of what layers of a guest that runs stand on.
+
+        Those over transient disks: their records name it, and they go when it is off.
+        """
+        refs = scratch.transient(found)
+        if not refs or self.states.is_off(self.uuid):
+            return set()
+        return {
+            (ref.backend, volume.name)
+            for ref in refs
+            for volume in self.backend(ref).chain(ref.volume)
+        }
+
+    def demand_unread(
+        self, doing: str, found: model.Instance, ref: model.DiskRef
+    ) -> None:
+        """Refuse to go on with a change of what a guest was started over since."""
+        if (ref.backend, ref.volume) in self.under_layers(found):
+            raise self.refused(
+                doing,
+                f"the guest runs over transient disk {ref.target}, which stands on "
+                f"{ref.volume}: turn it off first",
+            )
 
     def taken(self) -> Taken:
         """Return what the guest does; InvalidState for what cannot be frozen."""
