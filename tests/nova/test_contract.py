@@ -133,7 +133,6 @@ LONG = (
     "restore_running",
     "restore_soft_deleted",
     "resume_unsuspended_instance",
-    "snapshot_running",
     "soft_delete",
     "trigger_crash_dump",
     "unpause_unpaused_instance",

@@ -8,7 +8,8 @@ from nova import context
 
 from tests.nova import cloud
 from virtmigrate import driver as core
-from virtmigrate import errors
+from virtmigrate import errors, livesnapshot
+from virtmigrate.nova_plugin import upload
 
 pytestmark = pytest.mark.usefixtures("empty_hosts")
 
@@ -40,6 +41,31 @@ class TestRestarts(cloud.Cloud):
         assert self.alpha.state_of(server["id"]) == "running"
         assert self.beta.state_of(server["id"]) is None
         assert not self.disks(self.beta)
+
+    def test_killed_while_an_image_is_made(self) -> None:
+        """The guest's layer is merged back, and no image is there to be used."""
+        server = self.boot()
+        before = self.alpha.disk(server["id"])
+
+        def killed(*_: Any) -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(upload.Upload, "take", killed)
+            patch.setattr(livesnapshot.Images, "_cleared", killed)
+            self.admin_api.post_server_action(
+                server["id"], {"createImage": {"name": "made"}}
+            )
+            cloud.until(lambda: self.called.get("snapshot"))
+        assert self.alpha.disk(server["id"]) != before
+        self.restart("alpha")
+        self.wait(server, "ACTIVE")
+        assert self.alpha.disk(server["id"]) == before
+        assert self.alpha.state_of(server["id"]) == "running"
+        (image,) = [
+            each for each in self.glance.images.values() if each["name"] == "made"
+        ]
+        assert image["status"] == "queued"
 
     @pytest.mark.long
     def test_started_again_with_guests(self) -> None:
