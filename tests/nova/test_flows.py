@@ -227,14 +227,6 @@ class TestMoves(cloud.Cloud):
         assert found["OS-EXT-SRV-ATTR:host"] == "alpha"
         assert self.alpha.state_of(server["id"]) == "running"
 
-    @pytest.mark.long
-    def test_live_migration_is_refused(self) -> None:
-        server = self.boot()
-        self.act(server, "os-migrateLive", host=None, block_migration="auto")
-        self.wait_for_migration(server, "error")
-        self.wait(server, "ACTIVE")
-        assert self.alpha.state_of(server["id"]) == "running"
-
     # Private
 
     def large(self) -> str:
