@@ -115,10 +115,11 @@ class TestSlow(Live):
 
 
 class TestForced(Live):
-    """As slowly as can be waited for."""
+    """As slowly as can be waited for: of a disk all its zeros count."""
 
     bandwidth = 64
 
+    @pytest.mark.long
     def test_forced(self) -> None:
         """It stands still until it is there, and then goes on."""
         server = self.boot()
