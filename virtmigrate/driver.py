@@ -4,6 +4,7 @@
 What is the host's is here; face/ has the rest, and says whose signatures these are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from virtmigrate import (
     periodic,
     quiescing,
     receiver,
+    sinks,
     snapshot,
     takeover,
     transient,
@@ -48,6 +50,8 @@ class VirtMigrateDriver(
         virtapi: what the compute service gives its driver; kept, not used.
         conf: the configuration; by default oslo.config's global one.
         progress: makes the Progress of a move; by default nobody listens.
+        images_to: the image service that images of instances go to; by default
+            that of the configuration.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class VirtMigrateDriver(
         conf: cfg.ConfigOpts | None = None,
         *,
         progress: Callable[[], Progress] = Progress,
+        images_to: sinks.Service | None = None,
         **_: object,
     ) -> None:
         if isinstance(virtapi, cfg.ConfigOpts):
@@ -63,6 +68,7 @@ class VirtMigrateDriver(
         self.virtapi = virtapi
         self._conf = conf if conf is not None else cfg.CONF
         self._progress = progress
+        self._images_to = images_to or functools.partial(sinks.service_sink, self._conf)
         self._node: node.Node | None = None
         self._events = events.Poller(lambda: self.node)
         self._settling = periodic.Periodic("virtmigrate-settle")
@@ -88,7 +94,11 @@ class VirtMigrateDriver(
         self.clones = clone.Clones(self._node, self.snapshots, self.demand_at_rest)
         self._target = target.Target(self._node)
         self.saves = livesnapshot.Images(
-            self._node, self.snapshots, self.images, self.demand_at_rest
+            self._node,
+            self.snapshots,
+            self.images,
+            self.demand_at_rest,
+            self._images_to,
         )
         # What may take long waits for the first settling.
         self._recover()

@@ -13,6 +13,7 @@ from nova.tests import fixtures as nova_fixtures
 from nova.tests.functional import integrated_helpers
 from nova.virt import driver as nova_driver
 
+from sandbox import guest
 from tests.nova import images, sites
 from virtmigrate.nova_plugin.driver import VirtMigrateDriver
 
@@ -111,6 +112,36 @@ class Cloud(Base):
 
     def site_of(self, server: Any) -> sites.Site:
         return self.places.site(server["OS-EXT-SRV-ATTR:host"])
+
+    # What is seen
+
+    def beats(self, site: sites.Site, server: Any) -> int:
+        """Return the number that the guest said last; wait until it said one."""
+        log = self.log(site, server)
+        found = until(lambda: log.exists() and guest.beats(log))
+        return int(found[-1].number)
+
+    def log(self, site: sites.Site, server: Any) -> Path:
+        return site.console / f"virtmigrate-{server['id']}.log"
+
+    def expect_one(self, server: Any, here: sites.Site) -> None:
+        """One domain, and volumes on one host only."""
+        there = self.beta if here is self.alpha else self.alpha
+        assert here.state_of(server["id"]) is not None
+        assert there.state_of(server["id"]) is None
+        assert not there.disks()
+
+    def wait_for_migration(self, server: Any, status: str) -> None:
+        def found() -> bool:
+            moves = self.admin_api.api_get("os-migrations").body["migrations"]
+            return any(
+                each["instance_uuid"] == server["id"] and each["status"] == status
+                for each in moves
+            )
+
+        until(found)
+
+    # Private
 
     def _identify(self) -> None:
         """Nova has one identity for a process, and here are two computes in it."""

@@ -46,6 +46,12 @@ class Images(Fake):
         self.images[image_id]["status"] = "active"
         self.images[image_id]["properties"].update(said)
 
+    def create(self, context: Any, metadata: Any, data: Any = None) -> Any:
+        """An image is queued until it has bytes, as at the real service."""
+        if "status" not in metadata:
+            metadata = {"properties": {}, **metadata, "status": "queued", "size": None}
+        return super().create(context, metadata, data)
+
     def update(
         self,
         context: Any,
@@ -56,5 +62,7 @@ class Images(Fake):
     ) -> Any:
         found = super().update(context, image_id, metadata, None, purge_props)
         if data is not None:
-            self.keep(image_id, data.read())
+            # As glanceclient asks for it: by pieces, after asking whether it is true.
+            assert data
+            self.keep(image_id, b"".join(iter(lambda: data.read(2**16), b"")))
         return found

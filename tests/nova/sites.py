@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,10 @@ class Site:
         with self.libvirt() as conn:
             return str(conn.lookupByUUIDString(uuid).XMLDesc(2))
 
+    def live_xml(self, uuid: str) -> str:
+        with self.libvirt() as conn:
+            return str(conn.lookupByUUIDString(uuid).XMLDesc(0))
+
     def memory(self, uuid: str) -> int:
         """MiB of the next start."""
         return domainxml.read(self.xml(uuid)).memory // 1024**2
@@ -85,11 +90,28 @@ class Site:
                 return Path(disk.chain[0].source)
         raise KeyError(target)
 
+    def view(self, uuid: str) -> str:
+        """What a guest sees of its root disk, as qemu-img takes it behind `json:`."""
+        (disk,) = [
+            each for each in domainxml.disks(self.xml(uuid)) if each.target == "vda"
+        ]
+        found: dict[str, object] = {}
+        for layer in reversed(disk.chain):
+            assert layer.fmt is not None
+            file = {"driver": "file", "filename": layer.source}
+            below = {"backing": found} if found else {}
+            found = {"driver": layer.fmt.value, "file": file, **below}
+        return json.dumps(found)
+
     def volumes(self) -> dict[str, str]:
         """SHA-256 of each file that is no record, by its name."""
         areas = (self.path / "disks", self.path / "incoming")
         found = [path for area in areas for path in area.rglob("*") if path.is_file()]
         return {path.name: digest(path) for path in found if ".rec." not in path.name}
+
+    def disks(self) -> list[str]:
+        """Return the volumes that are disks of instances."""
+        return [name for name in self.volumes() if name.startswith("vd")]
 
     def clear(self) -> None:
         """Remove all domains and pools, and the files."""

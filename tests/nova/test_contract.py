@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from nova import exception, objects, test
 from nova.image import glance
+from nova.objects import migrate_data as nova_data
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.unit import utils as test_utils
 from nova.tests.unit.virt import test_virt_drivers
@@ -59,16 +60,45 @@ class TestContract(Contract, TestCase):
         assert self.places.site("alpha").state_of(uuid) == "running"
 
     def test_live_migration(self) -> None:
-        """Not even begun: it is refused by the check before it."""
-        with self.assertRaises(exception.MigrationPreCheckError):
-            self.connection.check_can_live_migrate_destination(
-                self.ctxt, None, None, None
-            )
+        """To a host that is none: recovered, nothing is raised, and it runs on."""
+        instance, _ = self._get_running_instance()
+        data = nova_data.HyperVLiveMigrateData(
+            migration=objects.Migration(dest_node="otherhost")
+        )
+        called: list[dict[str, Any]] = []
+
+        def post(*_: Any) -> None:
+            raise AssertionError("it moved")
+
+        self.connection.live_migration(
+            self.ctxt,
+            instance,
+            "otherhost",
+            post,
+            lambda *args, **kwargs: called.append(kwargs),
+            migrate_data=data,
+        )
+        assert called == [{"migration_status": "failed"}]
+        assert self.places.site("alpha").state_of(instance.uuid) == "running"
+
+    def test_live_migration_abort(self) -> None:
+        """Of a guest that goes nowhere."""
+        with self.assertRaises(exception.NovaException):
+            super().test_live_migration_abort()
 
     def test_live_migration_force_complete(self) -> None:
-        self.assertRaises(
-            NotImplementedError, self.connection.live_migration_force_complete, None
-        )
+        """Of a guest that goes nowhere: it is not paused."""
+        instance, _ = self._get_running_instance()
+        with self.assertRaises(exception.NovaException):
+            self.connection.live_migration_force_complete(instance)
+        assert self.places.site("alpha").state_of(instance.uuid) == "running"
+
+    def test_destination_of_another_driver(self) -> None:
+        """What Nova's own driver for libvirt says of itself means nothing here."""
+        with self.assertRaises(exception.MigrationPreCheckError):
+            self.connection.check_can_live_migrate_source(
+                self.ctxt, None, objects.LibvirtLiveMigrateData()
+            )
 
     def _get_running_instance(self, obj: bool = True) -> tuple[Any, Any]:
         """A guest that boots: Nova's own has an image without bytes."""
@@ -129,11 +159,11 @@ LONG = (
     "get_instance_diagnostics",
     "get_instance_disk_info",
     "live_migration_abort",
+    "live_migration_force_complete",
     "poll_rebooting_instances",
     "restore_running",
     "restore_soft_deleted",
     "resume_unsuspended_instance",
-    "snapshot_running",
     "soft_delete",
     "trigger_crash_dump",
     "unpause_unpaused_instance",

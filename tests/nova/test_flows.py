@@ -3,7 +3,6 @@
 
 import base64
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,14 +227,6 @@ class TestMoves(cloud.Cloud):
         assert found["OS-EXT-SRV-ATTR:host"] == "alpha"
         assert self.alpha.state_of(server["id"]) == "running"
 
-    @pytest.mark.long
-    def test_live_migration_is_refused(self) -> None:
-        server = self.boot()
-        self.act(server, "os-migrateLive", host=None, block_migration="auto")
-        self.wait_for_migration(server, "error")
-        self.wait(server, "ACTIVE")
-        assert self.alpha.state_of(server["id"]) == "running"
-
     # Private
 
     def large(self) -> str:
@@ -249,15 +240,6 @@ class TestMoves(cloud.Cloud):
         self.wait(server, "SHUTOFF")
         return server, self.root(server, self.alpha)
 
-    def beats(self, site: sites.Site, server: Any) -> int:
-        """Return the number that the guest said last; wait until it said one."""
-        log = self.log(site, server)
-        found = cloud.until(lambda: log.exists() and guest.beats(log))
-        return int(found[-1].number)
-
-    def log(self, site: sites.Site, server: Any) -> Path:
-        return site.console / f"virtmigrate-{server['id']}.log"
-
     def root(self, server: Any, site: sites.Site) -> str:
         """Return the digest of the disk's file."""
         return sites.digest(site.disk(server["id"]))
@@ -268,21 +250,3 @@ class TestMoves(cloud.Cloud):
         assert self.beta.state_of(server["id"]) == "shutoff"
         assert self.root(server, self.beta) == before
         assert self.alpha.state_of(server["id"]) is None
-
-    def expect_one(self, server: Any, here: sites.Site) -> None:
-        """One domain, and volumes on one host only."""
-        there = self.beta if here is self.alpha else self.alpha
-        assert here.state_of(server["id"]) is not None
-        assert there.state_of(server["id"]) is None
-        kept = [name for name in there.volumes() if name.startswith("vd")]
-        assert not kept
-
-    def wait_for_migration(self, server: Any, status: str) -> None:
-        def found() -> bool:
-            moves = self.admin_api.api_get("os-migrations").body["migrations"]
-            return any(
-                each["instance_uuid"] == server["id"] and each["status"] == status
-                for each in moves
-            )
-
-        cloud.until(found)

@@ -4,11 +4,12 @@
 from typing import Any
 
 import pytest
-from nova import context
+from nova import context, service_auth
 
 from tests.nova import cloud
 from virtmigrate import driver as core
-from virtmigrate import errors
+from virtmigrate import errors, livesnapshot
+from virtmigrate.nova_plugin import upload
 
 pytestmark = pytest.mark.usefixtures("empty_hosts")
 
@@ -40,6 +41,55 @@ class TestRestarts(cloud.Cloud):
         assert self.alpha.state_of(server["id"]) == "running"
         assert self.beta.state_of(server["id"]) is None
         assert not self.disks(self.beta)
+
+    def test_killed_while_an_image_is_made(self) -> None:
+        """The guest's layer is merged back, and no image is there to be used."""
+        server = self.boot()
+        before = self.alpha.disk(server["id"])
+
+        def killed(*_: Any) -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(upload.Upload, "take", killed)
+            patch.setattr(livesnapshot.Images, "_cleared", killed)
+            self.admin_api.post_server_action(
+                server["id"], {"createImage": {"name": "made"}}
+            )
+            cloud.until(lambda: self.called.get("snapshot"))
+        assert self.alpha.disk(server["id"]) != before
+        self.restart("alpha")
+        self.wait(server, "ACTIVE")
+        assert self.alpha.disk(server["id"]) == before
+        assert self.alpha.state_of(server["id"]) == "running"
+        (image,) = [
+            each for each in self.glance.images.values() if each["name"] == "made"
+        ]
+        assert image["status"] == "queued"
+
+    def test_leftover_goes_in_the_name_of_novas_own_user(self) -> None:
+        """Where it has one: the user's token went with the process."""
+        image = self.glance.create(None, {"name": "made"})["id"]
+        upload.Uploads()(image, is_new=False).abort()
+        assert image in self.glance.images
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(service_auth, "get_service_auth_plugin", lambda _: object())
+            upload.Uploads()(image, is_new=False).abort()
+        assert image not in self.glance.images
+
+    def test_killed_in_a_live_migration(self) -> None:
+        """Not through: the guest runs on at its source, and nothing is awaited."""
+        server = self.killed_live("virtmigrate.livemigration.steering.Steering.run")
+        assert self.alpha.state_of(server["id"]) == "running"
+        self.expect_one(server, self.alpha)
+        assert not list((self.beta.state / "awaited").glob("*"))
+
+    def test_killed_past_the_switch_of_a_live_migration(self) -> None:
+        """It goes on at the destination; Nova still names the source."""
+        path = "virtmigrate.livemigration.departure.Departure.finish"
+        server = self.killed_live(path)
+        assert self.beta.state_of(server["id"]) == "running"
+        self.expect_one(server, self.beta)
 
     @pytest.mark.long
     def test_started_again_with_guests(self) -> None:
@@ -76,6 +126,22 @@ class TestRestarts(cloud.Cloud):
         assert driver.core.open_operations() == []
 
     # Private
+
+    def killed_live(self, path: str) -> Any:
+        """Return a server whose source was killed there, and is back."""
+        server = self.boot()
+
+        def killed(*_: Any) -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(path, killed)
+            self.act(server, "os-migrateLive", host=None, block_migration="auto")
+            cloud.until(lambda: self.called.get("live_migration"))
+        self.restart("alpha")
+        found = self.wait(server, "ACTIVE")
+        assert found["OS-EXT-SRV-ATTR:host"] == "alpha"
+        return server
 
     def disks(self, site: Any) -> list[str]:
         return [name for name in site.volumes() if name.startswith("vd")]

@@ -21,7 +21,15 @@ from pathlib import Path
 import msgspec
 from oslo_log import log as logging
 
-from virtmigrate import errors, imagecache, journal, node, snapshot, snapshottree
+from virtmigrate import (
+    errors,
+    imagecache,
+    journal,
+    node,
+    sinks,
+    snapshot,
+    snapshottree,
+)
 from virtmigrate.livesnapshot import frozen, places
 from virtmigrate.livesnapshot.saving import Saving
 from virtmigrate.livesnapshot.terms import Kind as Kind
@@ -41,6 +49,7 @@ class Images:
 
     Arguments:
         demand_no_move: raises InvalidState while a move of an instance is open here.
+        service: where images of an image service come to be.
     """
 
     def __init__(
@@ -49,10 +58,11 @@ class Images:
         snapshots: snapshot.Snapshots,
         caches: imagecache.Caches,
         demand_no_move: Demand,
+        service: sinks.Service,
     ) -> None:
         self._here = here
         self._freezer = frozen.Freezer(here, snapshots, demand_no_move)
-        self._places = places.Places(here, caches)
+        self._places = places.Places(here, caches, service)
         self._directory = Path(here.options.state_path) / "images"
 
     def save(

@@ -11,9 +11,12 @@ from virtmigrate.livesnapshot.terms import Kind, Target
 class Places:
     """Opens targets of one host. Safe to share between threads."""
 
-    def __init__(self, here: node.Node, caches: imagecache.Caches) -> None:
+    def __init__(
+        self, here: node.Node, caches: imagecache.Caches, service: sinks.Service
+    ) -> None:
         self._here = here
         self._caches = caches
+        self._service = service
 
     def sink(self, target: Target, operation: str) -> sinks.Sink:
         """Return a target, to be filled; nothing was done there yet.
@@ -23,9 +26,7 @@ class Places:
         if target.kind is Kind.FILE:
             return sinks.FileSink(Path(target.where), operation)
         if target.kind is Kind.SERVICE:
-            return sinks.service_sink(
-                self._here.conf, target.where, is_new=target.is_new
-            )
+            return self._service(target.where, is_new=target.is_new)
         if target.where not in self._here.backends:
             raise errors.ConfigurationError(
                 reason=f"host {self._here.name} has no backend {target.where}; it has "

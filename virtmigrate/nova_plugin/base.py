@@ -7,6 +7,7 @@ import nova.conf
 from oslo_config import cfg
 
 from virtmigrate import driver as core
+from virtmigrate.nova_plugin import upload
 
 CONF = nova.conf.CONF
 
@@ -16,6 +17,8 @@ class Base:
 
     core: core.VirtMigrateDriver
     """Ours, from init_host on; it knows nothing of Nova."""
+    uploads: upload.Uploads
+    """Where images of servers go."""
     virtapi: Any
 
     def configuration(self, host: str) -> cfg.ConfigOpts:

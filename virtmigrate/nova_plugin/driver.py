@@ -10,13 +10,14 @@ from typing import Any
 
 from nova.virt import driver
 
-from virtmigrate.nova_plugin import guests, hosts, images, moves, refused
+from virtmigrate.nova_plugin import guests, hosts, images, live, moves, refused
 
 
 class VirtMigrateDriver(
     hosts.Hosts,
     guests.Guests,
     moves.Moves,
+    live.Live,
     images.Images,
     refused.Refused,
     driver.ComputeDriver,

@@ -116,7 +116,13 @@ class Guests(base.Base):
         destroy_secrets: bool = True,
         **_: Any,
     ) -> None:
-        """Remove what destroy would, of an instance that is off already."""
+        """Remove what destroy would, of an instance that is off already.
+
+        Nothing of one that has moved live: what was here is gone, and what both hosts
+        see is the other's.
+        """
+        if migrate_data is not None:
+            return
         self.destroy(context, instance, network_info, destroy_disks=destroy_disks)
 
     def delete_instance_files(self, instance: Any) -> bool:

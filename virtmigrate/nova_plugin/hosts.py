@@ -14,7 +14,7 @@ from oslo_serialization import jsonutils
 from virtmigrate import conf as options
 from virtmigrate import driver as core
 from virtmigrate import events
-from virtmigrate.nova_plugin import base, providers
+from virtmigrate.nova_plugin import base, providers, upload
 from virtmigrate.nova_plugin.translation import told
 
 LOG = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ class Hosts(base.Base):
         """
         _demand_options()
         found = self.configuration(host)
-        self.core = core.VirtMigrateDriver(self.virtapi, conf=found)
+        self.uploads = upload.Uploads()
+        self.core = core.VirtMigrateDriver(
+            self.virtapi, conf=found, images_to=self.uploads
+        )
         with told():
             options.register(found)
             found.set_default("owner", OWNER, group=options.GROUP)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image cache, as Nova asks for it."""
+"""Images of servers, and the image cache, as Nova asks for them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from virtmigrate.nova_plugin import base, glance, leftovers
@@ -8,7 +9,24 @@ from virtmigrate.nova_plugin.translation import told
 
 
 class Images(base.Base):
-    """Keeps the image caches of one host."""
+    """Makes images, and keeps the image caches of one host."""
+
+    def snapshot(
+        self,
+        context: Any,
+        instance: Any,
+        image_id: str,
+        update_task_state: Callable[..., object],
+        **_: Any,
+    ) -> None:
+        """Fill an image that is queued with a server's root disk; the guest runs on.
+
+        What its own image says of quiescing holds: os_require_quiesce, or
+        hw_qemu_guest_agent if it can. On failure the image is deleted, and the guest
+        is as it was. What update_task_state raises goes on.
+        """
+        with self.uploads.asked_by(context, image_id), told(instance.uuid):
+            self.core.snapshot(context, instance, image_id, update_task_state)
 
     def manage_image_cache(self, context: Any, all_instances: Any) -> None:
         """Drop idle images beyond each backend's limits, and what failed moves left.

@@ -103,21 +103,6 @@ class Moves(base.Base):
     def check_instance_shared_storage_cleanup(self, context: Any, data: Any) -> None:
         """Nothing was made to look by."""
 
-    def check_can_live_migrate_destination(
-        self,
-        context: Any,
-        instance: Any,
-        src_compute_info: Any,
-        dst_compute_info: Any,
-        block_migration: bool = False,
-        disk_over_commit: bool = False,
-        **_: Any,
-    ) -> None:
-        """Raise MigrationPreCheckError: it is not done yet."""
-        raise exception.MigrationPreCheckError(
-            reason="the virtmigrate driver moves servers cold only"
-        )
-
 
 # Private
 

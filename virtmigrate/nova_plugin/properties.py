@@ -146,7 +146,8 @@ IMAGE: Mapping[str, Allowed] = {
     "os_admin_user": ANY,
     "os_command_line": NEVER,
     "os_distro": ANY,
-    "os_require_quiesce": NO,
+    # Of images that are made of its servers.
+    "os_require_quiesce": ANY,
     "os_secure_boot": _only("disabled", "optional"),
     "os_skip_agent_inject_files_at_boot": ANY,
     "os_skip_agent_inject_ssh": ANY,

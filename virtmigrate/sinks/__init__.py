@@ -11,6 +11,7 @@ from virtmigrate.sinks.base import Announced as Announced
 from virtmigrate.sinks.base import Digest as Digest
 from virtmigrate.sinks.base import Piece as Piece
 from virtmigrate.sinks.base import Print as Print
+from virtmigrate.sinks.base import Service as Service
 from virtmigrate.sinks.base import Sink as Sink
 from virtmigrate.sinks.base import algorithms as algorithms
 from virtmigrate.sinks.base import padded as padded

@@ -94,6 +94,18 @@ class Sink(Protocol):
         ...
 
 
+class Service(Protocol):
+    """An image service: returns one of its images, which is to be filled.
+
+    Arguments:
+        is_new: it is made, too; else it is there, and queued.
+
+    Raises ConfigurationError, ImageNotTaken where there is none.
+    """
+
+    def __call__(self, image_id: str, *, is_new: bool) -> Sink: ...
+
+
 class Print:
     """The digest of bytes that pass, by one algorithm. Belongs to one thread.
 
