@@ -38,13 +38,12 @@ class Images(Fake):
     def keep(self, image_id: str, data: bytes) -> None:
         """Have the bytes of an image."""
         self._imagedata[image_id] = data
-        said = {
-            "os_hash_algo": "sha512",
-            "os_hash_value": hashlib.sha512(data).hexdigest(),
-        }
-        self.images[image_id]["size"] = len(data)
-        self.images[image_id]["status"] = "active"
-        self.images[image_id]["properties"].update(said)
+        self.images[image_id].update(
+            size=len(data),
+            status="active",
+            os_hash_algo="sha512",
+            os_hash_value=hashlib.sha512(data).hexdigest(),
+        )
 
     def create(self, context: Any, metadata: Any, data: Any = None) -> Any:
         """An image is queued until it has bytes, as at the real service."""

@@ -75,7 +75,8 @@ class _Request(http.server.BaseHTTPRequestHandler):
         if self.path in ("/", "/v2", "/v2/"):
             self._say(200, self._versions())
         elif self.path.endswith("/file") and self._entry:
-            self._answer(200, self.service.data[self._id])
+            kind = "application/octet-stream"
+            self._answer(200, self.service.data[self._id], kind)
         elif self._noted() and self._entry:
             self._say(200, self._entry)
         else:
@@ -147,7 +148,7 @@ class _Request(http.server.BaseHTTPRequestHandler):
         if status is None:
             return True
         self.close_connection = not reads
-        self._answer(status, b"on purpose")
+        self._answer(status, b"on purpose", "text/plain")
         return False
 
     def _body(self) -> bytes:
@@ -178,11 +179,14 @@ class _Request(http.server.BaseHTTPRequestHandler):
         return {"versions": [version]}
 
     def _say(self, status: int, said: Any = None) -> None:
-        self._answer(status, b"" if said is None else json.dumps(said).encode())
+        body = b"" if said is None else json.dumps(said).encode()
+        self._answer(status, body, "application/json")
 
-    def _answer(self, status: int, body: bytes) -> None:
+    def _answer(self, status: int, body: bytes, kind: str) -> None:
         with contextlib.suppress(OSError):
             self.send_response(status)
+            if body:
+                self.send_header("Content-Type", kind)
             if status != 204:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -66,8 +66,7 @@ class NovaImage:
     # Private
 
     def _checksum(self, entry: dict[str, Any]) -> Checksum:
-        said = entry.get("properties") or {}
-        algorithm, digest = said.get("os_hash_algo"), said.get("os_hash_value")
+        algorithm, digest = entry.get("os_hash_algo"), entry.get("os_hash_value")
         if not (algorithm and digest):
             algorithm, digest = "md5", entry.get("checksum")
         if not digest:

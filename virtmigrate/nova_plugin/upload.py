@@ -132,12 +132,12 @@ class Upload:
 
     def _stored(self, entry: dict[str, Any]) -> tuple[str, str]:
         """Return a digest of what the service has; read back where it tells none."""
-        said = entry.get("properties") or {}
-        algorithm, value = said.get("os_hash_algo"), said.get("os_hash_value")
+        algorithm, value = entry.get("os_hash_algo"), entry.get("os_hash_value")
         if algorithm in STRONG and value:
             return str(algorithm), str(value)
         found = hashlib.new(self.algorithm)
-        NovaImage(self._context, self._id).read(found.update, lambda: None)
+        with self._explained("cannot be read back"):
+            NovaImage(self._context, self._id).read(found.update, lambda: None)
         return self.algorithm, found.hexdigest()
 
     @contextlib.contextmanager
