@@ -3,6 +3,7 @@
 
 import errno
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from tests.unit.imageservice import Service, serving
 from virtmigrate import errors, manifest, sinks
 from virtmigrate.sinks import glance
+from virtmigrate.sources import glance as sources
 from virtmigrate.sources.download import Terms
 from virtmigrate.units import GiB, KiB, MiB
 
+TERMS = Terms(timeout=20, retry_seconds=0)
 ID = "2e4b6dca-9700-4715-b81d-4463cd7038de"
 PIECES: list[sinks.Piece] = [b"a" * 1000, 3 * MiB, b"b" * MiB, b"c", 5000]
 DATA = b"".join(bytes(p) if isinstance(p, int) else p for p in PIECES)
@@ -201,11 +204,13 @@ def service() -> Iterator[Service]:
 
 
 def sink_of(service: Service, *, is_new: bool = True, image: str = ID) -> Any:
-    connection = openstack.connection.Connection(
+    return glance.GlanceSink(connected(service), image, TERMS, is_new=is_new, answer=20)
+
+
+def connected(service: Service) -> Any:
+    return openstack.connection.Connection(
         auth_type="none", image_endpoint_override=service.url
     )
-    terms = Terms(timeout=20, retry_seconds=0)
-    return glance.GlanceSink(connection, image, terms, is_new=is_new, answer=20)
 
 
 def test_service_gets_a_new_image(service: Service) -> None:
@@ -217,6 +222,18 @@ def test_service_gets_a_new_image(service: Service) -> None:
     assert (entry["disk_format"], entry["container_format"]) == ("raw", "bare")
     assert (entry["min_disk"], entry["os_type"]) == (3, "linux")
     assert sent.counted == ["sha512"]
+
+
+def test_service_is_heard_by_those_who_debug_too(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "keystoneauth")
+    service.queue(ID)
+    sink_of(service, is_new=False).look()
+    fill(sink_of(service, is_new=False))
+    service.images[ID]["size"] = len(DATA)
+    source = sources.GlanceImage(connected(service), ID, TERMS)
+    assert source.described().size == len(DATA)
 
 
 def test_service_gets_a_queued_image(service: Service) -> None:

@@ -190,6 +190,8 @@ class GlanceSink:
                 # is left of it would become an image.
                 status_code_retries=0,
                 stream=True,
+                # It would read the answer for its debug log, and leave nothing of it.
+                log=False,
                 **asked,
             )
         except (exceptions.ClientException, requests.RequestException) as e:

@@ -108,6 +108,8 @@ class GlanceImage:
                 path,
                 headers=headers,
                 stream=True,
+                # It would read the answer for its debug log, and leave nothing of it.
+                log=False,
                 redirect=False,
                 raise_exc=False,
                 connect_retries=0,
