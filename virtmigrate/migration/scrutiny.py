@@ -34,7 +34,7 @@ class Scrutiny:
 
     def demand(self) -> None:
         """Refuse a record that names what is not its own: a peer wrote it."""
-        if not is_uuid(self._transfer.instance):
+        if not is_uuid(self._transfer.instance) and not self._is_of_nobody():
             raise self.refusal(f"{self._transfer.instance!r} is no UUID")
         ending = f".{self._transfer.operation}"
         sent = {None, *(volume.name for volume in self._transfer.volumes)}
@@ -113,6 +113,12 @@ class Scrutiny:
         )
 
     # Private
+
+    def _is_of_nobody(self) -> bool:
+        """Tell whether it brings nothing: so a host that wants an image only introduces
+        itself, in the name of its operation."""
+        moving = self._transfer.volumes or self._transfer.record or self._transfer.live
+        return not moving and self._transfer.instance == self._transfer.operation
 
     def _backend(self, volume: model.TransferVolume) -> base.Backend:
         return self._here.backend(volume.backend)
