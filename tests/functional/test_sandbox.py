@@ -189,6 +189,9 @@ def test_libvirtd_killed_and_back(box: Sandbox, alpha: Host) -> None:
         _ = alpha.libvirtd_pid
     alpha.start_libvirtd()
     assert alpha.libvirtd_pid != first
+    # Stopped while it finds its guests again, libvirtd gives them up.
+    asked = ["qemu-monitor-command", "survivor", '{"execute": "query-status"}']
+    assert "return" in virsh(box, alpha.uri, *asked)
     alpha.stop_libvirtd()
     alpha.start_libvirtd()
     assert virsh(box, alpha.uri, "domstate", "survivor") == "paused"
