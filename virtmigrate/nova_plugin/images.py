@@ -4,6 +4,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from nova import exception
+
 from virtmigrate.nova_plugin import base, glance, leftovers
 from virtmigrate.nova_plugin.translation import told
 
@@ -23,8 +25,13 @@ class Images(base.Base):
 
         What its own image says of quiescing holds: os_require_quiesce, or
         hw_qemu_guest_agent if it can. On failure the image is deleted, and the guest
-        is as it was. What update_task_state raises goes on.
+        is as it was. What update_task_state raises goes on. Raises InstanceNotRunning,
+        Nova's word for one that is not here.
         """
+        with told(instance.uuid):
+            is_here = self.core.instance_exists(instance)
+        if not is_here:
+            raise exception.InstanceNotRunning(instance_id=instance.uuid)
         with self.uploads.asked_by(context, image_id), told(instance.uuid):
             self.core.snapshot(context, instance, image_id, update_task_state)
 
