@@ -12,7 +12,7 @@ import pytest
 
 from tests.functional import livehosts, test_cli
 from tests.functional.conftest import World
-from virtmigrate import errors, receiver, transient
+from virtmigrate import errors, peer, receiver, transient
 from virtmigrate.backends.dir import DirBackend
 from virtmigrate.livemigration.departure import Departure
 from virtmigrate.migration import target
@@ -176,6 +176,27 @@ def test_no_room_at_the_peer(world: World) -> None:
     with pytest.raises(errors.MigrationRefused, match="has room for"):
         world.a.driver.live.migrate(instance.uuid, world.b.host.name)
     world.expect_one(instance, world.a)
+
+
+def test_what_came_back_is_not_the_old_moves(
+    hosts: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the peer could not be told that it is over."""
+    instance, a, b = hosts.spawn(hosts.a), hosts.a, hosts.b
+
+    def unheard(*_: Any) -> None:
+        raise errors.HostUnreachable(host=b.host.name, reason="in this test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(peer.Peer, "forget", unheard)
+        a.driver.live.migrate(instance.uuid, b.host.name)
+    b.driver.live.migrate(instance.uuid, a.host.name)
+    hosts.expect_one(instance, a)
+    again = a.driver.live.migrate(instance.uuid, b.host.name)
+    assert again.bytes > 0
+    b.driver.live.migrate(instance.uuid, a.host.name)
+    assert livehosts.settle(hosts) == []
+    hosts.expect_one(instance, a)
 
 
 def test_command(hosts: World, tmp_path: Path) -> None:

@@ -187,6 +187,14 @@ class Departure:
         return ""
 
     def _remove_ours(self) -> None:
+        """Remove domain, volumes and, last, the record.
+
+        Where that record is gone, or another move's, nothing is left of this one: what
+        is here came back since.
+        """
+        own = self._here.own_record(self._uuid)
+        if own is None or own.operation != self.journal.operation:
+            return
         # One that libvirt started with the host is not the one that goes on there.
         self._here.domains.kill(self._uuid)
         self._here.domains.undefine(self._uuid)
@@ -197,9 +205,7 @@ class Departure:
                 backends.add(backend.name)
                 self._remove_from(backend, volume.source)
         self._here.tenures.drop(self._uuid, backends)
-        own = self._here.own_record(self._uuid)
-        if own is not None and own.operation == self.journal.operation:
-            self._here.instances.remove(self._uuid)
+        self._here.instances.remove(self._uuid)
 
     def _remove_from(self, backend: base.Backend, top: str) -> None:
         """Remove what is left of a disk; what others stand on is theirs from now on."""

@@ -252,7 +252,9 @@ class LiveMigrations:
             return None
         to = facts.transfer(journal).peer
         has_gone, _ = self._undo(journal)
-        if has_gone and to == dest:
+        own = self._here.own_record(uuid)
+        is_back = own is not None and own.operation != journal.operation
+        if has_gone and to == dest and not is_back:
             seconds = time.monotonic() - began
             return Outcome(journal.operation, seconds, seconds, 0)
         return None
