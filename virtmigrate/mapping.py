@@ -202,6 +202,14 @@ def _interface(vif: Mapping[str, Any]) -> domainxml.Interface:
         raise errors.Unsupported(
             backend="network", operation=f"plug a {kind} port", reason="bridge or ovs"
         )
+    if (vif.get("details") or {}).get("ovs_hybrid_plug"):
+        # Plugged by libvirt, it would bypass what filters its traffic.
+        raise errors.Unsupported(
+            backend="network",
+            operation="plug a hybrid ovs port",
+            reason="its security groups are rules of a bridge of its own; Neutron's "
+            "agent can have the firewall driver openvswitch instead",
+        )
     ovs = kind == "ovs"
     return domainxml.Interface(
         mac=str(vif["address"]),

@@ -3,6 +3,7 @@
 
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 from nova import exception, objects, test
@@ -13,6 +14,7 @@ from nova.tests.unit import utils as test_utils
 from nova.tests.unit.virt import test_virt_drivers
 
 from tests.nova import images, sites
+from virtmigrate import errors
 
 pytestmark = pytest.mark.usefixtures("empty_hosts")
 Contract: Any = test_virt_drivers._VirtDriverTestCase
@@ -58,6 +60,16 @@ class TestContract(Contract, TestCase):
             super().test_migrate_disk_and_power_off()
         (uuid,) = self.connection.list_instance_uuids()
         assert self.places.site("alpha").state_of(uuid) == "running"
+
+    def test_deletion_that_is_refused(self) -> None:
+        """Nova keeps the ports of a guest that may run on."""
+        instance, network_info = self._get_running_instance()
+        busy = errors.InstanceBusy(instance=instance.uuid, host="alpha", reason="x")
+        with (
+            mock.patch.object(self.connection.core, "destroy", side_effect=busy),
+            self.assertRaises(exception.InstancePowerOffFailure),
+        ):
+            self.connection.destroy(self.ctxt, instance, network_info)
 
     def test_live_migration(self) -> None:
         """To a host that is none: recovered, nothing is raised, and it runs on."""

@@ -192,6 +192,12 @@ def test_other_ports_are_refused(kind: str) -> None:
         mapping.interfaces([{**VIF, "type": kind}])
 
 
+def test_a_port_that_its_bridge_filters_is_refused() -> None:
+    details = {"port_filter": True, "ovs_hybrid_plug": True}
+    with pytest.raises(errors.Unsupported, match="hybrid"):
+        mapping.interfaces([{**VIF, "type": "ovs", "details": details}])
+
+
 @pytest.mark.parametrize("nothing", [None, [], ()], ids=["none", "list", "tuple"])
 def test_no_ports(nothing: Any) -> None:
     assert mapping.interfaces(nothing) == ()

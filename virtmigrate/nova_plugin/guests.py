@@ -100,9 +100,19 @@ class Guests(base.Base):
         **_: Any,
     ) -> None:
         """Remove an instance; one that came by a move that is not confirmed is given
-        back to its source, whose volumes are never touched."""
-        with told(instance.uuid):
-            self.core.destroy(context, instance, destroy_disks=destroy_disks)
+        back to its source, whose volumes are never touched.
+
+        Raises InstanceNotFound, and InstancePowerOffFailure for all that fails: the
+        guest may run on, and for any other error Nova frees its ports, whose addresses
+        the next server would get.
+        """
+        try:
+            with told(instance.uuid):
+                self.core.destroy(context, instance, destroy_disks=destroy_disks)
+        except exception.InstanceNotFound:
+            raise
+        except exception.NovaException as e:
+            raise exception.InstancePowerOffFailure(reason=str(e)) from e
 
     def cleanup(
         self,
