@@ -196,7 +196,9 @@ def test_a_ticket_brings_no_other_instance(world: World) -> None:
     assert state_at(world.b) is TransferState.GIVEN
 
 
-def evil(world: World, sent: model.TransferVolume, disk: str) -> Path:
+def evil(
+    world: World, sent: model.TransferVolume, disk: str, firmware: str = ""
+) -> Path:
     """Give b an instance that has, by its record, a disk; return the victim's."""
     accept_moves(world.b)
     victim = world.spawn(world.b)
@@ -207,6 +209,7 @@ def evil(world: World, sent: model.TransferVolume, disk: str) -> Path:
     if sent.shared:
         sent = msgspec.structs.replace(sent, name=ref.volume)
     xml = world.b.xml(victim).replace(victim.uuid, EVIL).replace(victim.name, "evil")
+    xml = xml.replace("</os>", f"{firmware}</os>")
     wanted = msgspec.structs.replace(
         own,
         uuid=EVIL,
@@ -236,6 +239,18 @@ def test_another_instances_disk_is_not_shared(world: World) -> None:
 
 def test_another_instances_disk_is_not_the_disk(world: World) -> None:
     evil(world, volume(), "")
+    (world.b.path / "incoming" / f"vda.{OPERATION}").write_bytes(bytes(8 * MiB))
+    assert "evil" not in finish_evil(world)
+
+
+def test_another_instances_file_is_not_its_variables(world: World) -> None:
+    victim = world.tmp / "victim"
+    victim.write_bytes(bytes(4096))
+    firmware = (
+        "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+        f"<nvram>{victim}</nvram>"
+    )
+    evil(world, volume(), f"vda.{OPERATION}", firmware)
     (world.b.path / "incoming" / f"vda.{OPERATION}").write_bytes(bytes(8 * MiB))
     assert "evil" not in finish_evil(world)
 

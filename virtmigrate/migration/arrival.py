@@ -271,6 +271,8 @@ class Arrival:
         xml = domainxml.with_disks(xml, refs)
         if nvram:
             xml = domainxml.with_nvram(xml, nvram[0].source)
+        else:
+            self._scrutiny.demand_no_variables(xml)
         return domainxml.with_size(xml, wanted.memory, wanted.vcpus)
 
     def _power(self, noted: model.Instance) -> None:

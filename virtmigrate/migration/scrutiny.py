@@ -90,6 +90,12 @@ class Scrutiny:
         if objection:
             raise self.refusal(f"volume {volume.name} {objection}")
 
+    def demand_no_variables(self, text: str) -> None:
+        """Refuse a configuration whose firmware would write to a file of no record."""
+        firmware = domainxml.firmware(text)
+        if firmware and firmware.nvram:
+            raise self.refusal(f"no record has its variables {firmware.nvram}")
+
     def demand_mergeable(
         self, top: model.Volume, below: model.Volume, disk: str
     ) -> None:
