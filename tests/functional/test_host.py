@@ -578,6 +578,12 @@ def test_fork_leaves_parents_connection(plain: sandbox.Host) -> None:
         pool.destroy()
 
 
+POOL = (
+    "<pool type='dir'><name>litter</name><target><path>/var/tmp</path></target></pool>"
+)
+CALLED = "virDomainLookupByName"
+
+
 class _Garbage:
     """An object of a connection that broke, for the garbage collector to find."""
 
@@ -586,11 +592,6 @@ class _Garbage:
         with host.Host(of.uri) as opened, opened.session("listing") as session:
             self.pool = session.conn.storagePoolDefineXML(POOL, 0)
             session.opened.cut()
-
-
-POOL = (
-    "<pool type='dir'><name>litter</name><target><path>/var/tmp</path></target></pool>"
-)
 
 
 def test_an_error_is_that_of_its_call(plain: sandbox.Host) -> None:
@@ -618,6 +619,3 @@ def test_an_error_is_that_of_its_call(plain: sandbox.Host) -> None:
             gc.enable()
             with opened.session("cleaning up") as session:
                 session.conn.storagePoolLookupByName("litter").undefine()
-
-
-CALLED = "virDomainLookupByName"
